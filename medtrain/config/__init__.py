@@ -12,6 +12,7 @@ from medtrain.config.answers import (
     ReportConfig,
     VariantConfig,
 )
+from medtrain.config.cluster import ClusterConfig, JobKind, Resources
 from medtrain.config.data import (
     ChatSource,
     DataConfig,
@@ -32,12 +33,14 @@ from medtrain.config.tree import RunConfig
 __all__ = [
     "DEFAULT_SYSTEM_PROMPT",
     "ChatSource",
+    "ClusterConfig",
     "DPOConfig",
     "DataConfig",
     "EngineConfig",
     "EvaluateConfig",
     "FilterConfig",
     "GenerateConfig",
+    "JobKind",
     "JudgeConfig",
     "LaunchConfig",
     "LoraConfig",
@@ -48,6 +51,7 @@ __all__ = [
     "PreferencesSource",
     "PubMedQASource",
     "ReportConfig",
+    "Resources",
     "RunConfig",
     "SFTConfig",
     "Source",

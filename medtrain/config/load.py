@@ -1,7 +1,7 @@
 """From a YAML file and overrides to a checked RunConfig, and back.
 
-read file → merge onto its `extends:` parents → apply `dotted.key=value` → collect *all* problems →
-one ConfigError, or a RunConfig.
+read file → merge onto its `extends:` parents → apply `dotted.key=value` → lay `cluster:` over the
+site's file → collect *all* problems → one ConfigError, or a RunConfig.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from medtrain.config.problems import describe
 from medtrain.config.trainer_fields import trainer_problems
 from medtrain.config.tree import RunConfig, joint_problems
 from medtrain.errors import ConfigError
+
+SITE_VARIABLE = "MEDTRAIN_SITE"
+"""Names the site's file, for people who run from many directories."""
+DEFAULT_SITE = Path("slurm/site.yaml")
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,7 +64,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree.setdefault("name", path.stem if path.stem != "config" else path.parent.name)
     for override in overrides:
         _apply_override(tree, override)
+    _lay_over_site(tree)
     return parse_config(tree, source=str(path))
+
+
+def _lay_over_site(tree: dict[str, Any]) -> None:
+    """Put the site's values under the run's `cluster:` section, where the site has a file."""
+    cluster = tree.get("cluster") or {}
+    if not isinstance(cluster, dict):
+        return  # the check of the whole tree says so
+    named = cluster.get("site") or os.environ.get(SITE_VARIABLE)
+    path = Path(str(named)).expanduser() if named else DEFAULT_SITE
+    if not named and not path.is_file():
+        return
+    tree["cluster"] = {**_merge(_read_yaml(path), cluster), "site": str(path.absolute())}
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> RunConfig:

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 
 from medtrain.config.answers import EvaluateConfig, GenerateConfig, JudgeConfig, ReportConfig
 from medtrain.config.base import Section
+from medtrain.config.cluster import ClusterConfig
 from medtrain.config.data import DataConfig
 from medtrain.config.model import MergeConfig, ModelConfig
 from medtrain.config.training import DPOConfig, LaunchConfig, SFTConfig
@@ -43,6 +44,8 @@ class RunConfig(Section):
     """What is shown."""
     launch: LaunchConfig = LaunchConfig()
     """Devices of a training stage."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Slurm: resources and environment of jobs."""
 
 
 def joint_problems(tree: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,118 @@
+"""`cluster:` what Slurm is asked for, and what a job's environment is made of.
+
+A site's own values stand once, in a file of the same keys (`slurm/site.yaml`, see
+slurm/site.example.yaml); a run's `cluster:` section is laid over it, and `stages:` over both.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from medtrain.config.base import Section
+
+JobKind = Literal["cpu", "sft", "merge", "generate", "judge", "dpo", "evaluate"]
+"""Kinds of jobs that may ask for different resources. `cpu`: prepare, pairs, report, and the short
+jobs that open and collect the arrays. `judge` also judges the evaluation's answers."""
+
+# A secret in the configuration would end in scripts, logs and reports.
+_SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)", re.IGNORECASE)
+
+
+class Resources(Section):
+    """What one job asks Slurm for; what is null is not asked for, and the site's default holds."""
+
+    account: str | None = None
+    """Whom the time is charged to."""
+    partition: str | None = None
+    """Partition, or several with commas."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Node features, such as `a100`."""
+    reservation: str | None = None
+    """A reservation to run in."""
+    exclude: str | None = None
+    """Nodes to keep off, such as `node[07,12]`."""
+    nodes: int | None = Field(None, ge=1)
+    """Nodes of one job; training only."""
+    gpus: int | None = Field(None, ge=0)
+    """GPUs a node."""
+    gpu_type: str | None = None
+    """Type in `--gpus-per-node=TYPE:N`, such as `a100`."""
+    cpus: int | None = Field(None, ge=1)
+    """CPU cores a task (a node, in training)."""
+    mem_gb: float | None = Field(None, gt=0)
+    """Memory a node, in GiB."""
+    time_min: int | None = Field(None, ge=1)
+    """Time limit of one job, in minutes. A shard or training that needs longer is requeued and goes
+    on."""
+    sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
+    """Further options of sbatch by their long names, such as `mail-type: FAIL`; true for an option
+    without a value."""
+
+
+class ClusterConfig(Resources):
+    """Slurm: resources, environment, and how arrays are run."""
+
+    site: str | None = None
+    """A file with this section's keys, laid under it; null takes `slurm/site.yaml` of the working
+    directory, or the file that MEDTRAIN_SITE names, where there is one."""
+    stages: dict[JobKind, Resources] = Field(default_factory=dict)
+    """Other resources for one kind of job."""
+    parallelism: int = Field(32, ge=1)
+    """Tasks of an array that run at a time."""
+    repair_rounds: int = Field(3, ge=0)
+    """How often missing shards are submitted again before a person is asked."""
+    max_requeues: int = Field(20, ge=0)
+    """How often a job that ran into its time limit is requeued."""
+    signal_delay_s: int = Field(120, ge=10)
+    """How long before the time limit a job is told to save and requeue, in seconds."""
+    modules: list[str] = Field(default_factory=list)
+    """`module load` these, in this order."""
+    activate: str | None = None
+    """Shell line that activates the environment, such as `source ~/envs/medtrain/bin/activate`."""
+    setup: list[str] = Field(default_factory=list)
+    """Further shell lines before a job's command; the job ends if one of them fails."""
+    container: str | None = None
+    """Put before the job's command, such as `apptainer exec --nv medtrain.sif`."""
+    srun: list[str] = Field(default_factory=list)
+    """Further arguments of srun, such as `--container-image=medtrain.sqsh` of pyxis."""
+    python: str | None = None
+    """The python of jobs; null takes the one that submits. Needed with a container."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of jobs. No secrets: those come from the submitting shell's
+    environment, or from `secrets_file`."""
+    offline: bool = True
+    """Compute nodes reach no hub: HF_HUB_OFFLINE=1 in jobs. `medtrain prepare --fetch` fills the
+    cache on a login node."""
+    hf_home: str | None = None
+    """Hub cache that login and compute nodes share; null keeps HF_HOME."""
+    secrets_file: str | None = None
+    """A file of NAME=value lines that only its owner may read (0600); jobs read it, and nothing
+    else does."""
+
+    @field_validator("environment")
+    @classmethod
+    def _no_secrets(cls, environment: dict[str, str]) -> dict[str, str]:
+        named = sorted(name for name in environment if _SECRET_NAME.search(name))
+        if named:
+            raise ValueError(
+                f"{', '.join(named)} looks like a secret: export it in the shell that submits, or "
+                "put it into cluster.secrets_file"
+            )
+        return environment
+
+    @model_validator(mode="after")
+    def _sbatch_options_are_free(self) -> ClusterConfig:
+        for options in (self.sbatch, *(stage.sbatch for stage in self.stages.values())):
+            ours = sorted(set(options) & _OURS)
+            if ours:
+                raise ValueError(f"sbatch: {', '.join(ours)} is set by medtrain")
+        return self
+
+
+_OURS = {"array", "comment", "dependency", "error", "job-name", "kill-on-invalid-dep", "open-mode",
+         "output", "parsable", "requeue", "signal", "wrap"}  # fmt: skip
