@@ -10,19 +10,28 @@ import io
 import os
 import sys
 import traceback
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from medtrain import cluster_verbs
+from medtrain.arguments import (
+    AsJson,
+    ConfigPath,
+    Force,
+    Forced,
+    From,
+    Only,
+    Overrides,
+    RunPath,
+    Until,
+    load,
+)
 from medtrain.errors import DEBUG_VARIABLE, as_medtrain_error
 
 if TYPE_CHECKING:
-    from medtrain.config import RunConfig
-    from medtrain.pipeline import Selection
-    from medtrain.run import Run
+    from medtrain.selection import Selection
 
-_PLACES = ("name", "output_dir")
 _USAGE_EXIT_CODE, _INTERRUPTED = 64, 130
 
 # typer carried click as a dependency, then inside itself: this is the class either way.
@@ -39,40 +48,30 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file or run directory.")]
-Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045 - typer reads it at run time on Python 3.10
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as sft.epochs=2."),
-]
-StageName = Annotated[Optional[str], typer.Option(metavar="STAGE")]  # noqa: UP045
-Force = Annotated[bool, typer.Option("--force", help="Run it even if it is finished.")]
-
 
 @app.command()
 def run(
     config: ConfigPath,
     overrides: Overrides = None,
-    start: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--from", metavar="STAGE", help="Begin here; what is before must be done."),
-    ] = None,
-    until: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--until", metavar="STAGE", help="End after this stage."),
-    ] = None,
-    only: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--only", metavar="STAGE", help="This stage and no other."),
-    ] = None,
-    force: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--force", metavar="STAGE", help="Run this stage even if it is finished."),
-    ] = None,
+    start: From = None,
+    until: Until = None,
+    only: Only = None,
+    force: Forced = None,
+    executor: Annotated[
+        str, typer.Option("--executor", metavar="here|local", help="`local`: several processes.")
+    ] = "here",
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Processes of --executor local.")
+    ] = 2,
 ) -> None:
     """Run every stage that is not finished, from the data to the report."""
-    from medtrain.pipeline import Selection
+    from medtrain.errors import ConfigError
+    from medtrain.selection import Selection
 
-    _run_stages(config, overrides, Selection(start, until, only, tuple(force or ())))
+    selection = Selection(start, until, only, tuple(force or ()))
+    if executor not in ("here", "local"):
+        raise ConfigError(f"There is no executor {executor!r}", fix="Valid: here, local")
+    _run_stages(config, overrides, selection, workers if executor == "local" else None)
 
 
 @app.command()
@@ -90,7 +89,7 @@ def prepare(
         from medtrain.console import Console
         from medtrain.data.prepare import preview as show_preview
 
-        loaded, a_run = _load(config, overrides)
+        loaded, a_run = load(config, overrides)
         show_preview(a_run, loaded, Console(a_run.log), preview)
 
 
@@ -131,9 +130,9 @@ _stage_verb("report", "Write the report of what was evaluated.")
 
 @app.command()
 def status(
-    run_or_config: Annotated[str, typer.Argument(metavar="RUN", help="Run directory or CONFIG.")],
+    run_or_config: RunPath,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the stages of a run, their counts, and what is next."""
     import json
@@ -141,7 +140,7 @@ def status(
     from medtrain.console import Console
     from medtrain.status import run_status
 
-    config, a_run = _load(run_or_config, overrides)
+    config, a_run = load(run_or_config, overrides)
     found = run_status(a_run, config)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
@@ -149,6 +148,9 @@ def status(
         Console().show(found)
         # Outside the table, which would break a path that is longer than a line.
         typer.echo(f"\nnext: {found.next_command}")
+
+
+cluster_verbs.register(app)
 
 
 @app.command()
@@ -163,7 +165,7 @@ def schema() -> None:
 
 @app.command()
 def push(
-    run_or_config: Annotated[str, typer.Argument(metavar="RUN", help="Run directory or CONFIG.")],
+    run_or_config: RunPath,
     repository: Annotated[str, typer.Argument(metavar="REPO", help="Hub repository, user/name.")],
     what: Annotated[str, typer.Option("--what", metavar="adapter|merged")] = "merged",
     stage: Annotated[str, typer.Option("--stage", metavar="sft|dpo")] = "dpo",
@@ -175,39 +177,37 @@ def push(
     from medtrain.train.push import push as upload
 
     quiet_libraries()
-    config, a_run = _load(run_or_config, None)
+    config, a_run = load(run_or_config, None)
     check_published(a_run, config, what, stage)
     upload(a_run, repository, Console(a_run.log), what=what, stage=stage, private=not public)
 
 
-def _load(config: str, overrides: list[str] | None) -> tuple[RunConfig, Run]:
-    from medtrain.config import load_config
-    from medtrain.run import Run
-
-    loaded = load_config(config, overrides or [])
-    path = Path(config)
-    directory = path if path.is_dir() else path.parent
-    elsewhere = any(o.partition("=")[0].strip() in _PLACES for o in overrides or ())
-    if not elsewhere and (directory / "config.yaml").exists() and (directory / "stages").is_dir():
-        # A run directory is itself wherever it was moved to.
-        return loaded, Run(directory)
-    return loaded, Run(Path(loaded.output_dir).expanduser() / loaded.name)
-
-
 def _run_one(stage: str, config: str, overrides: list[str] | None, force: bool) -> None:
-    from medtrain.pipeline import Selection
+    from medtrain.selection import Selection
 
     _run_stages(config, overrides, Selection(only=stage, force=(stage,) if force else ()))
 
 
-def _run_stages(config: str, overrides: list[str] | None, selection: Selection) -> None:
+def _run_stages(
+    config: str,
+    overrides: list[str] | None,
+    selection: Selection,
+    workers: int | None = None,
+) -> None:
     from medtrain.console import Console, quiet_libraries
     from medtrain.pipeline import run_stages
 
-    loaded, a_run = _load(config, overrides)
+    loaded, a_run = load(config, overrides)
     selection.stages()
     quiet_libraries()
-    run_stages(a_run, loaded, Console(a_run.log), selection)
+    console = Console(a_run.log)
+    if workers is None:
+        run_stages(a_run, loaded, console, selection)
+        return
+    from medtrain.cluster.local import local_drive, with_shards_for
+
+    loaded = with_shards_for(loaded, workers)
+    run_stages(a_run, loaded, console, selection, lambda s: local_drive(a_run, loaded, s, workers))
 
 
 def main() -> NoReturn:

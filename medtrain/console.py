@@ -86,6 +86,10 @@ class Console:
         else:
             print(line, flush=True)
 
+    def log_only(self, name: str, **fields: Any) -> None:
+        """Write an event to the run's log file; the screen shows it in another form."""
+        self._append(key_value_line(name, fields))
+
     def warn(self, name: str, message: str, **fields: Any) -> None:
         """Tell of something a person should look at."""
         self.event(name, message, mark="warn", level="warning", **fields)

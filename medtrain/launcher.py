@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from medtrain.config import RunConfig
@@ -28,6 +29,59 @@ from medtrain.run import Run
 # Of one process, accelerate sets no rank.
 _LAUNCHED = ("LOCAL_RANK", "RANK", "ACCELERATE_MIXED_PRECISION")
 _STOP_WAIT_S = 30.0
+_FIRST_PORT, _PORTS = 20_000, 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlace:
+    """Which of how many nodes this is, where srun has started one task on each."""
+
+    nodes: int = 1
+    rank: int = 0
+    head: str = ""
+    """The first node's name."""
+    port: int = 0
+
+    @classmethod
+    def from_environment(cls) -> NodePlace:
+        """From what Slurm tells a task of a job step; one node where there is no such step.
+
+        Raises:
+            BadNodeError: Slurm does not say which nodes there are.
+        """
+        nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+        if nodes == 1 or os.environ.get("SLURM_STEP_NUM_TASKS") != str(nodes):
+            return cls()
+        job = int(os.environ["SLURM_JOB_ID"])
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        # Another one after a restart: the old processes may still hold the last.
+        port = _FIRST_PORT + (7 * job + restarts) % _PORTS
+        return cls(nodes, int(os.environ["SLURM_NODEID"]), _first_node(), port)
+
+    def for_torchrun(self) -> list[str]:
+        """Its arguments for torchrun."""
+        if self.nodes == 1:
+            return ["--standalone"]
+        return [f"--nnodes={self.nodes}", f"--node_rank={self.rank}",
+                f"--master_addr={self.head}", f"--master_port={self.port}"]  # fmt: skip
+
+    def for_accelerate(self) -> list[str]:
+        """Its arguments for accelerate launch, which takes them from no file."""
+        if self.nodes == 1:
+            return ["--num_machines=1"]
+        return [f"--num_machines={self.nodes}", f"--machine_rank={self.rank}",
+                f"--main_process_ip={self.head}", f"--main_process_port={self.port}",
+                "--rdzv_backend=static"]  # fmt: skip
+
+
+def _first_node() -> str:
+    names = os.environ["SLURM_STEP_NODELIST"]
+    command = ["scontrol", "show", "hostnames", names]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BadNodeError(f"The names of the nodes {names} cannot be read: {error}") from error
+    return done.stdout.split()[0]
 
 
 def is_launched() -> bool:
@@ -49,9 +103,12 @@ def launch_command(config: RunConfig, stage: str, config_path: Path) -> list[str
     if processes < 1:
         raise ConfigError(f"launch.processes is {processes}", fix="Set it to auto, 1 or more.")
     program = ["-m", "medtrain", stage, str(config_path)]
+    place = NodePlace.from_environment()
     if gpus == 0:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return None if processes == 1 else [*torchrun, f"--nproc_per_node={processes}", *program]
+        if processes * place.nodes == 1:
+            return None
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *place.for_torchrun()]
+        return [*torchrun, f"--nproc_per_node={processes}", *program]
     if processes > gpus:
         raise BadNodeError(
             f"launch.processes is {processes}, but this machine shows {gpus} GPUs",
@@ -61,9 +118,10 @@ def launch_command(config: RunConfig, stage: str, config_path: Path) -> list[str
     if config.launch.accelerate_config:
         command += ["--config_file", _existing(config.launch.accelerate_config)]
     else:
-        command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-        command += ["--multi_gpu"] if processes > 1 else []
-    return [*command, f"--num_processes={processes}", *program]
+        command += ["--mixed_precision=no", "--dynamo_backend=no"]
+        command += ["--multi_gpu"] if processes * place.nodes > 1 else []
+    total = f"--num_processes={processes * place.nodes}"
+    return [*command, *place.for_accelerate(), total, *program]
 
 
 def _existing(accelerate_config: str) -> str:
@@ -83,7 +141,8 @@ def launch(run: Run, command: list[str], stage: str, console: Console) -> None:
         MedtrainError: the child's own error, or one that names its exit code.
     """
     console.event("launch", f"{stage}: {' '.join(command[1:])}", stage=stage)
-    log = run.logs / f"{stage}.launch.log"
+    rank = NodePlace.from_environment().rank
+    log = run.logs / (f"{stage}.launch.{rank}.log" if rank else f"{stage}.launch.log")
     # An error of an earlier try must not pass for this one's.
     Lineage(run).forget_failure(stage)
     with log.open("wb") as said:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,54 +18,29 @@ from typing import Any
 from medtrain import launcher, stages
 from medtrain.config import RunConfig, dump_config
 from medtrain.console import Console, is_rank_zero
-from medtrain.endpoint import key_from_environment
+from medtrain.endpoint import key_from_environment, load_secrets
 from medtrain.errors import ConfigError, DataError, MedtrainError, as_medtrain_error
 from medtrain.files import write_json, write_text
 from medtrain.inputs import anchored, portable
 from medtrain.lineage import Fingerprint, Lineage, Standing, choose, flatten, versions
 from medtrain.run import Run
+from medtrain.selection import Selection
+from medtrain.shards import Drive, UnsoundShardError, run_here
 from medtrain.stages import STAGES, Stage
 
 _PEER_WAIT_S = 120.0
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Which stages of the table a command is about."""
-
-    start: str | None = None
-    until: str | None = None
-    only: str | None = None
-    force: tuple[str, ...] = ()
-
-    def stages(self) -> list[Stage]:
-        """The chosen stages in order.
-
-        Raises:
-            ConfigError: a name is no stage, or the choice is empty.
-        """
-        names = [stage.name for stage in STAGES]
-        for name in (self.start, self.until, self.only, *self.force):
-            if name is not None and name not in names:
-                raise ConfigError(f"There is no stage {name!r}", fix=f"Stages: {', '.join(names)}")
-        if self.only:
-            if self.start or self.until:
-                raise ConfigError("--only goes with neither --from nor --until")
-            if others := [name for name in self.force if name != self.only]:
-                raise ConfigError(f"--force {others[0]} is outside --only {self.only}")
-            return [stages.by_name(self.only)]
-        first = names.index(self.start) if self.start else 0
-        last = names.index(self.until) if self.until else len(names) - 1
-        if first > last:
-            raise ConfigError(f"--from {self.start} comes after --until {self.until}")
-        outside = [name for name in self.force if not first <= names.index(name) <= last]
-        if outside:
-            raise ConfigError(f"--force {outside[0]} is outside --from and --until")
-        return list(STAGES[first : last + 1])
+DriveOf = Callable[[Stage], Drive]
+"""Who computes the shards of a stage."""
 
 
 def run_stages(
-    run: Run, config: RunConfig, console: Console, selection: Selection | None = None
+    run: Run,
+    config: RunConfig,
+    console: Console,
+    selection: Selection | None = None,
+    drive_of: DriveOf = lambda stage: run_here,
 ) -> None:
     """Run the selected stages that are not finished.
 
@@ -76,6 +50,7 @@ def run_stages(
     selection = selection or Selection()
     chosen = selection.stages()
     pipeline = Pipeline(run, config, console)
+    load_secrets(config.cluster.secrets_file)
     nearest = next(path for path in (run.root, *run.root.absolute().parents) if path.exists())
     if not nearest.is_dir():
         run.create()  # says why it cannot
@@ -87,7 +62,7 @@ def run_stages(
         if is_rank_zero():
             write_text(run.config, dump_config(anchored(config)))
         for stage in chosen:
-            pipeline.bring(stage, force=stage.name in selection.force)
+            pipeline.bring(stage, force=stage.name in selection.force, drive=drive_of(stage))
 
 
 class Pipeline:
@@ -144,14 +119,20 @@ class Pipeline:
         if self.standing(first).state != "done":
             self.fingerprint(first)  # raises where an input is not there
 
-    def check_key(self, chosen: Sequence[Stage]) -> None:
+    def check_key(self, chosen: Sequence[Stage], also: Collection[str] = ()) -> None:
         """Ask for the judge's key now, and not after hours of training.
+
+        Args:
+            chosen: the stages that will run.
+            also: names of variables that jobs will have besides this process's.
 
         Raises:
             ConfigError: a chosen stage that is not done will ask OpenAI's endpoint without a key.
         """
         judge, evaluate = self.config.judge, self.config.evaluate
-        if judge.kind != "openai" or judge.base_url or key_from_environment(judge.api_key_env):
+        if judge.kind != "openai" or judge.base_url or judge.api_key_env in also:
+            return
+        if key_from_environment(judge.api_key_env):
             return
         asks = {
             "judge": any(s.adapter != "preferences" for s in self.config.data.sources),
@@ -165,7 +146,30 @@ class Pipeline:
                     "own, or judge.kind=model, or judge.kind=rules to try the pipeline.",
                 )
 
-    def bring(self, stage: Stage, *, force: bool = False) -> None:
+    def begin(self, stage: Stage) -> bool:
+        """Mark a sharded stage as begun, before its shards are computed elsewhere.
+
+        False where it is finished already.
+
+        Raises:
+            DataError: an input has not been made yet.
+        """
+        fingerprint = self.fingerprint(stage)
+        standing = self.lineage.standing(stage.name, fingerprint)
+        if standing.state == "done":
+            self._say_skipped(stage)
+            return False
+        self._begin(stage, fingerprint, standing)
+        return True
+
+    def forget(self, stage: Stage) -> None:
+        """Have a stage run from its beginning: what it made is removed or put aside."""
+        self.lineage.forget(stage.name)
+        self._remove(stage)
+        for path in stage.shards(self.run, self.config):
+            self._put_aside(stage, path)
+
+    def bring(self, stage: Stage, *, force: bool = False, drive: Drive = run_here) -> None:
         """Finish one stage: skip it, go on with it, or run it."""
         try:
             fingerprint = self.fingerprint(stage)
@@ -177,10 +181,7 @@ class Pipeline:
             return
         standing = self.lineage.standing(stage.name, fingerprint)
         if force and is_rank_zero():
-            self.lineage.forget(stage.name)
-            self._remove(stage)
-            for path in stage.shards(self.run, self.config):
-                self._put_aside(stage, path)
+            self.forget(stage)
             standing = Standing("stale", "--force")
         elif standing.state == "done":
             self._say_skipped(stage)
@@ -193,16 +194,20 @@ class Pipeline:
         if command is not None:
             launcher.launch(self.run, command, stage.name, self.console)
         else:
-            self._run_here(stage, fingerprint, standing)
+            self._run_here(stage, fingerprint, standing, drive)
 
-    def _run_here(self, stage: Stage, fingerprint: Fingerprint, standing: Standing) -> None:
+    def _run_here(
+        self, stage: Stage, fingerprint: Fingerprint, standing: Standing, drive: Drive
+    ) -> None:
         if is_rank_zero():
             self._begin(stage, fingerprint, standing)
         else:
             self._wait_for_rank_zero(stage, fingerprint)
         began = time.monotonic()
         try:
-            counts = stage.run(self.run, self.config, self.console)
+            counts = stage.run(self.run, self.config, self.console, drive)
+        except UnsoundShardError:
+            raise  # whoever computes the shards elsewhere has them computed again
         except Exception as error:
             self.lineage.record_failure(stage.name, as_medtrain_error(error))
             raise

@@ -6,15 +6,18 @@
   sft/ dpo/                               adapter, merged, checkpoints
   generate/ judge/ evaluate/              shard directories and what was collected from them
   preferences.jsonl  report/  logs/
+  submissions/  jobs/                     on Slurm: what was submitted; scripts and logs of jobs
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -181,9 +184,13 @@ class Run:
         """One variant's collected answers."""
         return self.evaluate / variant / "answers.jsonl"
 
+    def loss_shards(self, variant: str) -> Path:
+        """Shards of one variant's loss on the reference answers."""
+        return self.evaluate / variant / "loss"
+
     def held_out_loss(self, variant: str) -> Path:
-        """One variant's loss on the reference answers."""
-        return self.evaluate / variant / "loss.json"
+        """One variant's collected loss on the reference answers."""
+        return self.evaluate / variant / "loss.jsonl"
 
     def evaluate_judge(self, protocol: str) -> Path:
         """Shards of one judging protocol (`rubric`, `rating`, `pairwise`) over all variants."""
@@ -220,6 +227,17 @@ class Run:
         """Every event of the run, one key=value line each."""
         return self.logs / "run.log"
 
+    # Jobs
+
+    @property
+    def submissions(self) -> Path:
+        """What was submitted to Slurm: an intent and a note of its job ids for each."""
+        return self.root / "submissions"
+
+    def job_folder(self, key: str, number: int) -> Path:
+        """Scripts, arguments and logs of one submission."""
+        return self.root / "jobs" / f"{key}.{number:03d}"
+
     # The directory itself
 
     def create(self) -> None:
@@ -251,12 +269,38 @@ class Run:
             directory.mkdir(exist_ok=True)
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, *, wait_s: float = 0.0) -> Iterator[None]:
         """Hold the directory for one `medtrain run`; the kernel lets go when the process dies.
 
         Raises:
-            TryAgainError: another process holds it.
+            TryAgainError: another process holds it, and has held it for `wait_s` seconds.
         """
+        deadline = time.monotonic() + wait_s
+        with ExitStack() as held:
+            while True:
+                try:
+                    held.enter_context(self._lock_now())
+                    break
+                except TryAgainError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.5)
+            yield
+
+    @contextmanager
+    def submitting(self) -> Iterator[None]:
+        """Hold the right to submit jobs of this run; waits for whoever has it."""
+        with (self.root / ".lock.submit").open("a") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:
+                # Without locks, the ledger lets only one of two submitters publish an intent.
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+            yield
+
+    @contextmanager
+    def _lock_now(self) -> Iterator[None]:
         launched = ".lock.launched"
         if os.environ.get(_LOCK_HELD) == str(self.root.resolve()):
             with self._hold(launched):

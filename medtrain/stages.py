@@ -6,15 +6,17 @@ prepare → sft → merge-sft → generate → judge → pairs → dpo → merge
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 from medtrain import inputs
-from medtrain.config import RunConfig
+from medtrain.config import JobKind, RunConfig
 from medtrain.console import Console
 from medtrain.run import Run, Trained
+from medtrain.shards import Drive, Phase, Unit, run_here
 
 Artefacts = Callable[[Run, RunConfig], Sequence[Path]]
 Outside = Callable[[Run, RunConfig], Mapping[str, str]]
@@ -27,6 +29,26 @@ def _nothing(run: Run, config: RunConfig) -> dict[str, str]:
 
 def _no_paths(run: Run, config: RunConfig) -> list[Path]:
     return []
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseRow:
+    """A part of a stage whose rows are computed in shards."""
+
+    name: str
+    work: str
+    """module:function of `(run, config)`, a context manager that yields the `Phase`."""
+    kind: JobKind
+    """Whose resources its tasks need."""
+    tasks: Callable[[RunConfig], Sequence[tuple[Unit, ...]]]
+    """What each task of an array does; known before the rows are. A shard that the rows turn out
+    not to fill is finished at once."""
+
+    def open(self, run: Run, config: RunConfig) -> AbstractContextManager[Phase]:
+        """The phase itself; its inputs must have been made."""
+        module, _, function = self.work.partition(":")
+        make = cast("Callable[..., Any]", getattr(import_module(module), function))
+        return cast("AbstractContextManager[Phase]", make(run, config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +76,22 @@ class Stage:
     """Finished rows, which it uses as far as they still hold; with --force they do not."""
     trains: bool = False
     """Whether it wants every GPU."""
+    phases: tuple[PhaseRow, ...] = ()
+    """Its sharded parts, in order."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    def run(self, run: Run, config: RunConfig, console: Console) -> dict[str, Any]:
+    def run(
+        self, run: Run, config: RunConfig, console: Console, drive: Drive = run_here
+    ) -> dict[str, Any]:
         """Do the stage's work; returns its counts."""
         module, _, function = self.work.partition(":")
         work = cast("Callable[..., dict[str, Any]]", getattr(import_module(module), function))
-        return work(run, config, console, **self.arguments)
+        driven = {"drive": drive} if self.phases else {}
+        return work(run, config, console, **self.arguments, **driven)
+
+    def active_phases(self, config: RunConfig) -> list[PhaseRow]:
+        """Those that have something to do under a configuration."""
+        return [phase for phase in self.phases if phase.tasks(config)]
 
 
 def _built_base(run: Run, config: RunConfig) -> list[Path]:
@@ -126,6 +157,25 @@ _JUDGE_IGNORES = (
     "judge.max_retries", "judge.max_failed_fraction", "judge.num_shards",
 )  # fmt: skip
 
+
+def _each_shard(groups: Sequence[tuple[str, ...]], num_shards: int) -> list[tuple[Unit, ...]]:
+    """A task for each shard of each group of sets that share a model."""
+    return [tuple((key, shard) for key in group) for group in groups for shard in range(num_shards)]
+
+
+def _of_variants(config: RunConfig) -> list[tuple[str, ...]]:
+    names = [v if isinstance(v, str) else v.name for v in config.evaluate.variants]
+    with_loss = config.evaluate.held_out_loss and config.evaluate.engine == "transformers"
+    kinds = ("answers", "loss") if with_loss else ("answers",)
+    return [tuple(f"{kind}.{name}" for kind in kinds) for name in names]
+
+
+def _protocols(config: RunConfig) -> list[tuple[str, ...]]:
+    from medtrain.evaluate.judging import protocols
+
+    return [(name,) for name in protocols(config.evaluate)]
+
+
 # A page that shows settings is made of them, also of those that happened to change no result.
 _SHOWN = ("model", "sft", "dpo", "merge", "generate", "judge", "evaluate")
 _SHOWN_IGNORES = (
@@ -157,6 +207,14 @@ STAGES: tuple[Stage, ...] = (
         reads=lambda run, config: [run.preference_prompts, run.tokenizer, run.merged("sft")],
         writes=lambda run, config: [run.candidates],
         shards=lambda run, config: [run.generate],
+        phases=(
+            PhaseRow(
+                "candidates",
+                "medtrain.generate.stage:phase_of_candidates",
+                "generate",
+                lambda config: _each_shard([("candidates",)], config.generate.num_shards),
+            ),
+        ),
     ),
     Stage(
         name="judge",
@@ -168,6 +226,14 @@ STAGES: tuple[Stage, ...] = (
         outside=inputs.judge_files,
         writes=lambda run, config: [run.verdicts],
         shards=lambda run, config: [run.judge],
+        phases=(
+            PhaseRow(
+                "verdicts",
+                "medtrain.judge.stage:phase_of_verdicts",
+                "judge",
+                lambda config: _each_shard([("verdicts",)], config.judge.num_shards),
+            ),
+        ),
     ),
     Stage(
         name="pairs",
@@ -197,6 +263,20 @@ STAGES: tuple[Stage, ...] = (
         outside=inputs.evaluated_models,
         writes=_evaluate_writes,
         shards=lambda run, config: [run.evaluate],
+        phases=(
+            PhaseRow(
+                "answers",
+                "medtrain.evaluate.stage:phase_of_answers",
+                "evaluate",
+                lambda config: _each_shard(_of_variants(config), config.evaluate.num_shards),
+            ),
+            PhaseRow(
+                "verdicts",
+                "medtrain.evaluate.stage:phase_of_verdicts",
+                "judge",
+                lambda config: _each_shard(_protocols(config), config.judge.num_shards),
+            ),
+        ),
     ),
     Stage(
         name="report",

@@ -23,9 +23,12 @@ LAYERS = [
     {"report"},
     {"inputs"},
     {"stages"},
-    {"launcher"},
+    {"selection", "launcher"},
     {"pipeline"},
     {"status"},
+    {"cluster"},
+    {"arguments"},
+    {"cluster_verbs"},
     {"cli"},
     {"__main__"},
 ]

@@ -18,9 +18,10 @@ from medtrain.data.examples import Example
 from medtrain.errors import DataError, EndpointError
 from medtrain.evaluate.variants import Variant
 from medtrain.files import read_jsonl
-from medtrain.generate.answering import answer_examples
+from medtrain.generate.answering import answer_shards
 from medtrain.generate.engine import Answer
 from medtrain.run import Run
+from medtrain.shards import ShardSet
 
 Row = dict[str, Any]
 
@@ -59,28 +60,32 @@ class VariantAnswers:
         }
 
 
-def answer_questions(
-    run: Run, config: RunConfig, console: Console, variant: Variant, examples: Sequence[Example]
-) -> VariantAnswers:
-    """One variant's answers, from earlier attempts as far as they go.
-
-    Raises:
-        EndpointError: the engine's endpoint cannot be reached, or failed on every question.
-        DataError: no question fits the model's context.
-    """
-    collected = run.answers(variant.name)
-    answer_examples(
+def answers_of(
+    run: Run, config: RunConfig, variant: Variant, examples: Sequence[Example]
+) -> ShardSet:
+    """One variant's answers as a shard set."""
+    return answer_shards(
         examples,
         config=config,
         section=config.evaluate,
         source=variant.source,
         chat=variant.chat,
         directory=run.answers_shards(variant.name),
-        collected=collected,
+        collected=run.answers(variant.name),
         as_row=_as_row,
-        console=console,
-        name=f"answer {variant.name}",
+        key=f"answers.{variant.name}",
+        title=f"answer {variant.name}",
     )
+
+
+def read_answers(run: Run, config: RunConfig, console: Console, variant: Variant) -> VariantAnswers:
+    """One variant's collected answers.
+
+    Raises:
+        EndpointError: the engine's endpoint failed on every question.
+        DataError: no question fits the model's context.
+    """
+    collected = run.answers(variant.name)
     rows = {row.pop("id"): row for row in read_jsonl(collected)}
     answers = VariantAnswers(variant.name, variant.shown_as, rows)
     if not answers.texts:

@@ -14,15 +14,14 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
-from medtrain.config import RunConfig
-from medtrain.console import Console
+from medtrain.config import EvaluateConfig, RunConfig
 from medtrain.data.examples import Example
 from medtrain.errors import EndpointError
 from medtrain.evaluate.answers import VariantAnswers
 from medtrain.files import read_jsonl
 from medtrain.judge import Judge, JudgedQuestion, compare_in_orders, judge_batches
 from medtrain.run import Run
-from medtrain.shards import Request, run_shards
+from medtrain.shards import Request, ShardSet, ShardSummary
 
 ProtocolName = Literal["rubric", "rating", "pairwise"]
 Verdict = dict[str, Any]
@@ -63,28 +62,56 @@ class Verdicts:
         )
 
 
-def judge_variants(
+@dataclass(frozen=True)
+class Asked:
+    """What is put to the judge: a shard set a protocol, and what its rows are about."""
+
+    sets: dict[ProtocolName, ShardSet]
+    keys: dict[ProtocolName, tuple[Key, ...]]
+
+    def read(self, config: RunConfig, summaries: Sequence[ShardSummary]) -> Verdicts:
+        """The collected verdicts.
+
+        Args:
+            config: holds `judge.max_failed_fraction`.
+            summaries: of the sets, in their order.
+
+        Raises:
+            EndpointError: the judge failed on more rows of a protocol than are allowed.
+        """
+        found = {}
+        for (protocol, shard_set), summary in zip(self.sets.items(), summaries, strict=True):
+            _check_failures(protocol, shard_set, summary, config.judge.max_failed_fraction)
+            by_id = {row.pop("id"): row for row in read_jsonl(shard_set.collected)}
+            found[protocol] = {key: by_id[key.request_id] for key in self.keys[protocol]}
+        return Verdicts(**found)
+
+
+def ask(
     run: Run,
     config: RunConfig,
-    console: Console,
     judge: Judge,
     examples: Sequence[Example],
     answers: Sequence[VariantAnswers],
-) -> Verdicts:
-    """Put every protocol that is switched on to the judge.
-
-    Raises:
-        EndpointError: the judge cannot be reached, or failed on more than
-            `judge.max_failed_fraction` of a protocol's rows; what it said so far is kept.
-    """
+) -> Asked:
+    """Every protocol that is switched on, as a shard set."""
     chosen = judged_examples(examples, config.evaluate.max_judged)
-    session = _Session(run, config, console, judge, chosen, answers)
-    switched_on = config.evaluate
-    return Verdicts(
-        rubric=session.grade() if switched_on.rubric else {},
-        rating=session.rate() if switched_on.rating else {},
-        pairwise=session.compare() if switched_on.pairwise else {},
-    )
+    session = _Session(run, config, judge, chosen, answers)
+    wanted = protocols(config.evaluate)
+    asked: dict[ProtocolName, tuple[ShardSet, tuple[Key, ...]]] = {
+        name: session.protocol(name) for name in wanted
+    }
+    return Asked({n: s for n, (s, _) in asked.items()}, {n: k for n, (_, k) in asked.items()})
+
+
+def protocols(config: EvaluateConfig) -> list[ProtocolName]:
+    """The protocols that are switched on and have something to compare."""
+    switches: dict[ProtocolName, bool] = {
+        "rubric": config.rubric,
+        "rating": config.rating,
+        "pairwise": config.pairwise and len(config.variants) > 1,
+    }
+    return [name for name, on in switches.items() if on]
 
 
 def judged_examples(examples: Sequence[Example], limit: int | None) -> list[Example]:
@@ -109,50 +136,40 @@ class _Session:
         self,
         run: Run,
         config: RunConfig,
-        console: Console,
         judge: Judge,
         examples: Sequence[Example],
         answers: Sequence[VariantAnswers],
     ) -> None:
-        self._run, self._config, self._console, self._judge = run, config, console, judge
+        self._run, self._config, self._judge = run, config, judge
         self._examples = examples
         self._texts = {a.name: a.texts for a in answers}
 
-    def grade(self) -> dict[Key, Verdict]:
-        """Every answer by the rubric."""
+    def protocol(self, name: ProtocolName) -> tuple[ShardSet, tuple[Key, ...]]:
+        """A protocol's shard set, and what its rows are about."""
+        if name == "rubric":
+            return self._shard_set(name, self._single_requests(), self._grade, {})
+        if name == "rating":
+            scale = {"scale": self._config.judge.rating_scale}
+            return self._shard_set(name, self._single_requests(), self._rate, scale)
+        orders = {"orders": self._config.judge.orders}
+        return self._shard_set(name, self._pair_requests(), self._compare, orders)
 
-        def one(request: Request) -> Verdict:
-            grades = self._judge.grade(_question(request), request.payload["answer"])
-            return {**grades.to_json(), **_tokens(grades.tokens)}
+    def _grade(self, request: Request) -> Verdict:
+        """An answer by the rubric."""
+        grades = self._judge.grade(_question(request), request.payload["answer"])
+        return {**grades.to_json(), **_tokens(grades.tokens)}
 
-        return self._run_protocol("rubric", self._single_requests(), one, {})
-
-    def rate(self) -> dict[Key, Verdict]:
-        """Every answer in one number."""
+    def _rate(self, request: Request) -> Verdict:
+        """An answer in one number."""
         scale = self._config.judge.rating_scale
+        rating = self._judge.rate(_question(request), request.payload["answer"], scale)
+        return {**rating.to_json(), **_tokens(rating.tokens)}
 
-        def one(request: Request) -> Verdict:
-            rating = self._judge.rate(_question(request), request.payload["answer"], scale)
-            return {**rating.to_json(), **_tokens(rating.tokens)}
-
-        return self._run_protocol("rating", self._single_requests(), one, {"scale": scale})
-
-    def compare(self) -> dict[Key, Verdict]:
-        """The pairs of variants."""
+    def _compare(self, request: Request) -> Verdict:
+        """Two variants' answers."""
+        a, b = request.payload["a"], request.payload["b"]
         orders = self._config.judge.orders
-
-        def one(request: Request) -> Verdict:
-            a, b = request.payload["a"], request.payload["b"]
-            return compare_in_orders(self._judge, _question(request), a, b, orders).to_json()
-
-        requests = {}
-        for first, second in variant_pairs(list(self._texts)):
-            for example in self._examples:
-                a, b = self._texts[first].get(example.id), self._texts[second].get(example.id)
-                if a is not None and b is not None:
-                    key = Key(example.id, (first, second))
-                    requests[key] = _request(key, example, a=a, b=b)
-        return self._run_protocol("pairwise", requests, one, {"orders": orders})
+        return compare_in_orders(self._judge, _question(request), a, b, orders).to_json()
 
     def _single_requests(self) -> dict[Key, Request]:
         requests = {}
@@ -163,37 +180,48 @@ class _Session:
                     requests[key] = _request(key, example, answer=texts[example.id])
         return requests
 
-    def _run_protocol(
+    def _pair_requests(self) -> dict[Key, Request]:
+        requests = {}
+        for first, second in variant_pairs(list(self._texts)):
+            for example in self._examples:
+                a, b = self._texts[first].get(example.id), self._texts[second].get(example.id)
+                if a is not None and b is not None:
+                    key = Key(example.id, (first, second))
+                    requests[key] = _request(key, example, a=a, b=b)
+        return requests
+
+    def _shard_set(
         self,
         protocol: ProtocolName,
         requests: Mapping[Key, Request],
         one: Callable[[Request], Verdict],
         settings: Mapping[str, Any],
-    ) -> dict[Key, Verdict]:
-        collected = self._run.evaluate_verdicts(protocol)
-        summary = run_shards(
-            self._run.evaluate_judge(protocol),
-            list(requests.values()),
-            {"protocol": protocol, "judge": self._judge.settings(), **settings},
-            lambda batches: judge_batches(
-                self._judge, batches, one, self._config.judge.concurrency
-            ),
-            collected,
-            console=self._console,
-            name=f"judge {protocol}",
+    ) -> tuple[ShardSet, tuple[Key, ...]]:
+        concurrency = self._config.judge.concurrency
+        shard_set = ShardSet(
+            key=protocol,
+            title=f"judge {protocol}",
+            directory=self._run.evaluate_judge(protocol),
+            requests=list(requests.values()),
+            settings={"protocol": protocol, "judge": self._judge.settings(), **settings},
+            work=lambda batches: judge_batches(self._judge, batches, one, concurrency),
+            collected=self._run.evaluate_verdicts(protocol),
             batch_size=self._judge.batch_size,
             num_shards=self._config.judge.num_shards,
         )
-        allowed = self._config.judge.max_failed_fraction
-        if summary.rows and summary.errors > allowed * summary.rows:
-            raise EndpointError(
-                f"The judge failed on {summary.errors} of {summary.rows} rows of {protocol}: more "
-                f"than judge.max_failed_fraction={allowed:g} allows",
-                fix=f"The reasons are in {collected}. Run the same command again to ask for the "
-                "failed rows again; finished rows are kept.",
-            )
-        by_id = {row.pop("id"): row for row in read_jsonl(collected)}
-        return {key: by_id[key.request_id] for key in requests}
+        return shard_set, tuple(requests)
+
+
+def _check_failures(
+    protocol: ProtocolName, shard_set: ShardSet, summary: ShardSummary, allowed: float
+) -> None:
+    if summary.rows and summary.errors > allowed * summary.rows:
+        raise EndpointError(
+            f"The judge failed on {summary.errors} of {summary.rows} rows of {protocol}: more "
+            f"than judge.max_failed_fraction={allowed:g} allows",
+            fix=f"The reasons are in {shard_set.collected}. Run the same command again to ask for "
+            "the failed rows again; finished rows are kept.",
+        )
 
 
 def _request(key: Key, example: Example, **texts: str) -> Request:

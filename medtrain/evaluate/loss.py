@@ -1,7 +1,7 @@
 """Held-out loss: cross entropy on the reference answers, in nats a supervised token.
 
-examples → tokens and loss masks of the chat format → batches of similar length, as large as the
-vocabulary allows → nats of every row → one file, published whole.
+examples → tokens and loss masks of the chat format → shards → batches of similar length, as large
+as the vocabulary allows → nats of every row → one file.
 The mean is over tokens, not over rows, so a long answer counts for its length. Losses of models are
 comparable only over the same tokens; `same_tokens` finds out.
 """
@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medtrain.data.examples import Example
 from medtrain.errors import DataError
-from medtrain.files import read_json, write_json
+from medtrain.files import read_jsonl
 from medtrain.generate.transformers_engine import context_length
+from medtrain.shards import Request
 
 if TYPE_CHECKING:
     from medtrain.data.chat import ChatTokenizer, Encoded
 
 _LOGITS_BYTES = 1 << 29
-_MAX_ROWS = 32
+MAX_ROWS = 32
+"""Of a batch."""
 _FLOAT32_BYTES = 4
 
 
@@ -41,8 +43,6 @@ class RowLoss:
 class HeldOutLoss:
     """The loss of one model on all reference answers."""
 
-    settings: str
-    """Digest of everything that changes it."""
     rows: Mapping[str, RowLoss]
     """By example id; a row none of whose supervised tokens fits the model is absent."""
     cut: int
@@ -69,24 +69,22 @@ class HeldOutLoss:
         row = self.rows.get(example_id)
         return None if row is None else row.nats / row.tokens
 
-    def write(self, path: Path) -> None:
-        """Publish it."""
-        rows = {i: {"nats": row.nats, "tokens": row.tokens} for i, row in self.rows.items()}
-        summary = {"loss": self.value, "tokens": self.tokens, "cut": self.cut}
-        write_json(path, {"settings": self.settings, **summary, "rows": rows})
-
     @classmethod
-    def read(cls, path: Path, settings: str) -> HeldOutLoss | None:
-        """What was published under these settings, if anything was."""
-        if not path.exists():
-            return None
-        try:
-            tree = read_json(path)
-        except DataError:
-            return None
-        if tree.get("settings") != settings:
-            return None
-        return cls(settings, {i: RowLoss(**row) for i, row in tree["rows"].items()}, tree["cut"])
+    def read(cls, collected: Path) -> HeldOutLoss:
+        """From the collected rows.
+
+        Raises:
+            DataError: not one supervised token fits the model's context.
+        """
+        lines = list(read_jsonl(collected))
+        rows = {line["id"]: RowLoss(line["nats"], line["tokens"]) for line in lines}
+        measured = {row_id: row for row_id, row in rows.items() if row.tokens}
+        if not measured:
+            raise DataError(
+                "No reference answer fits the model's context, so there is no held-out loss",
+                fix="Set evaluate.held_out_loss=false, or use shorter evaluation rows.",
+            )
+        return cls(measured, sum(line["cut"] for line in lines))
 
 
 def encode_references(chat: ChatTokenizer, examples: Sequence[Example]) -> list[Encoded]:
@@ -102,33 +100,36 @@ def same_tokens(one: Sequence[Encoded], other: Sequence[Encoded]) -> bool:
     )
 
 
-def measure_loss(
-    model: Any, examples: Sequence[Example], encoded: Sequence[Encoded], settings: str
-) -> HeldOutLoss:
-    """Run the model over the reference answers.
-
-    Batches depend on the rows and the vocabulary alone, not on a setting, so the figures do not
-    move with one.
-
-    Raises:
-        DataError: not one supervised token fits the model's context.
-    """
-    context = context_length(model)
-    rows: dict[str, RowLoss] = {}
-    lengths = [int(min(len(e.input_ids), context)) for e in encoded]
-    for batch in _batches(lengths, model.config.get_text_config().vocab_size):
-        cut = [encoded[i].input_ids[: lengths[i]] for i in batch]
-        masks = [encoded[i].loss_mask[: lengths[i]] for i in batch]
-        for i, row in zip(batch, _row_losses(model, cut, masks), strict=True):
-            if row.tokens:
-                rows[examples[i].id] = row
-    if not rows:
-        raise DataError(
-            "No reference answer fits the model's context, so there is no held-out loss",
-            fix="Set evaluate.held_out_loss=false, or use shorter evaluation rows.",
+def loss_requests(examples: Sequence[Example], encoded: Sequence[Encoded]) -> list[Request]:
+    """A request a reference answer; what it costs is its length in tokens."""
+    return [
+        Request(
+            example.id,
+            {"tokens": list(e.input_ids), "mask": list(e.loss_mask)},
+            cost=len(e.input_ids),
         )
-    in_order = {e.id: rows[e.id] for e in examples if e.id in rows}
-    return HeldOutLoss(settings, in_order, sum(len(e.input_ids) > context for e in encoded))
+        for example, e in zip(examples, encoded, strict=True)
+    ]
+
+
+def measure_losses(
+    load: Callable[[], Any], batches: Iterable[Sequence[Request]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run the model over reference answers; yields (row id, nats, tokens, whether it was cut).
+
+    A batch of the plan is cut further by the rows' lengths and the vocabulary alone, so the figures
+    do not move with a setting.
+    """
+    for rows in batches:
+        model = load()
+        context = context_length(model)
+        lengths = [int(min(len(row.payload["tokens"]), context)) for row in rows]
+        for batch in _batches(lengths, model.config.get_text_config().vocab_size):
+            cut = [rows[i].payload["tokens"][: lengths[i]] for i in batch]
+            masks = [rows[i].payload["mask"][: lengths[i]] for i in batch]
+            for i, row in zip(batch, _row_losses(model, cut, masks), strict=True):
+                was_cut = len(rows[i].payload["tokens"]) > context
+                yield rows[i].id, {"nats": row.nats, "tokens": row.tokens, "cut": was_cut}
 
 
 def _batches(lengths: Sequence[int], vocab_size: int) -> Iterator[list[int]]:
@@ -137,7 +138,7 @@ def _batches(lengths: Sequence[int], vocab_size: int) -> Iterator[list[int]]:
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         # The row at hand is the longest so far: all rows of its batch are padded to it.
-        if batch and ((len(batch) + 1) * lengths[i] > max_tokens or len(batch) == _MAX_ROWS):
+        if batch and ((len(batch) + 1) * lengths[i] > max_tokens or len(batch) == MAX_ROWS):
             yield batch
             batch = []
         batch.append(i)

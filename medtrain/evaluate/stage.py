@@ -8,7 +8,9 @@ that is out of reach, or a kill at any moment, costs no answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from medtrain.config import EvaluateConfig, RunConfig
@@ -16,17 +18,25 @@ from medtrain.console import Console
 from medtrain.data.examples import Example, read_examples
 from medtrain.data.tokenizer import load_chat_tokenizer
 from medtrain.errors import DataError
-from medtrain.evaluate.answers import VariantAnswers, answer_questions
+from medtrain.evaluate.answers import VariantAnswers, answers_of, read_answers
 from medtrain.evaluate.bertscore import BertScore, require_encoder
 from medtrain.evaluate.decisions import DecisionReader
-from medtrain.evaluate.judging import Verdicts, judge_variants
-from medtrain.evaluate.loss import HeldOutLoss, encode_references, measure_loss, same_tokens
+from medtrain.evaluate.judging import Verdicts, ask, protocols
+from medtrain.evaluate.loss import (
+    MAX_ROWS,
+    HeldOutLoss,
+    encode_references,
+    loss_requests,
+    measure_losses,
+    same_tokens,
+)
 from medtrain.evaluate.metrics import TEXT_METRICS, TextMetric
 from medtrain.evaluate.scores import Skipped, measure, score_rows, score_table
 from medtrain.evaluate.variants import Variant, list_variants
-from medtrain.files import digest_of, write_json, write_jsonl
+from medtrain.files import write_json, write_jsonl
 from medtrain.judge import Judge, make_judge
 from medtrain.run import Run
+from medtrain.shards import Drive, Phase, ShardSet, closing_sets, run_here
 
 if TYPE_CHECKING:
     from medtrain.data.chat import Encoded
@@ -39,7 +49,17 @@ class _Answered(NamedTuple):
     loss: HeldOutLoss | None
 
 
-def evaluate(run: Run, config: RunConfig, console: Console) -> dict[str, Any]:
+class _Answering(NamedTuple):
+    """The first phase, and what is known before it runs."""
+
+    phase: Phase
+    variants: Sequence[Variant]
+    skipped: Sequence[Skipped]
+
+
+def evaluate(
+    run: Run, config: RunConfig, console: Console, drive: Drive = run_here
+) -> dict[str, Any]:
     """Answer, measure and judge every variant; write run.scores and its rows.
 
     Returns:
@@ -51,60 +71,100 @@ def evaluate(run: Run, config: RunConfig, console: Console) -> dict[str, Any]:
         DataError: there is no evaluation row, or a model is missing or broken.
         EndpointError: engine or judge cannot be reached; what is finished is kept.
     """
+    examples = _questions(run)
+    if config.evaluate.bertscore_model is not None:
+        require_encoder(config.evaluate.bertscore_model)
+    with _judging(config) as judge:
+        with _answering(run, config) as answering:
+            drive(answering.phase, console)
+        answered = [_read(run, config, console, v, answering.phase) for v in answering.variants]
+        verdicts = Verdicts()
+        if judge is not None:
+            asked = ask(run, config, judge, examples, [a.answers for a in answered])
+            phase = Phase("verdicts", tuple(asked.sets.values()))
+            verdicts = asked.read(config, drive(phase, console))
+        return _publish(
+            run, config, console, examples, answered, verdicts, judge, answering.skipped
+        )
+
+
+@contextmanager
+def phase_of_answers(run: Run, config: RunConfig) -> Iterator[Phase]:
+    """The first phase of `evaluate`: the variants' answers, and their held-out losses."""
+    with _answering(run, config) as answering:
+        yield answering.phase
+
+
+@contextmanager
+def phase_of_verdicts(run: Run, config: RunConfig) -> Iterator[Phase]:
+    """The second phase of `evaluate`, once the answers are collected."""
+    with _judging(config) as judge:
+        if judge is None:
+            yield Phase("verdicts", ())
+            return
+        quiet = Console(quiet=True)
+        variants = list_variants(run, config, load_chat_tokenizer(run))
+        answers = [read_answers(run, config, quiet, variant) for variant in variants]
+        asked = ask(run, config, judge, _questions(run), answers)
+        yield Phase("verdicts", tuple(asked.sets.values()))
+
+
+def _questions(run: Run) -> list[Example]:
     examples = list(read_examples(run.eval_rows))
     if not examples:
         raise DataError(
             "There is no evaluation row, so nothing can be evaluated",
             fix="Raise data.eval_fraction, or stop earlier with --until.",
         )
-    if config.evaluate.bertscore_model is not None:
-        require_encoder(config.evaluate.bertscore_model)
-    judge = make_judge(config.judge, config.model) if _wants_judge(config.evaluate) else None
-    skipped: list[Skipped] = []
+    return examples
+
+
+@contextmanager
+def _judging(config: RunConfig) -> Iterator[Judge | None]:
+    if not protocols(config.evaluate):
+        yield None
+        return
+    judge = make_judge(config.judge, config.model)
     try:
-        answered = _answer_all(run, config, console, examples, skipped)
-        verdicts = Verdicts()
-        if judge is not None:
-            answers = [a.answers for a in answered]
-            verdicts = judge_variants(run, config, console, judge, examples, answers)
+        yield judge
     finally:
-        if judge is not None:
-            judge.close()
-    return _publish(run, config, console, examples, answered, verdicts, judge, skipped)
+        judge.close()
 
 
-def _wants_judge(config: EvaluateConfig) -> bool:
-    return config.rubric or config.rating or (config.pairwise and len(config.variants) > 1)
-
-
-def _answer_all(
-    run: Run,
-    config: RunConfig,
-    console: Console,
-    examples: Sequence[Example],
-    skipped: list[Skipped],
-) -> list[_Answered]:
-    chat = load_chat_tokenizer(run)
+@contextmanager
+def _answering(run: Run, config: RunConfig) -> Iterator[_Answering]:
+    examples, chat = _questions(run), load_chat_tokenizer(run)
     references = encode_references(chat, examples) if config.evaluate.held_out_loss else []
-    answered = []
-    for variant in list_variants(run, config, chat):
-        answers = answer_questions(run, config, console, variant, examples)
-        loss: HeldOutLoss | Skipped = _held_out_loss(run, config, variant, examples, references)
-        if isinstance(loss, Skipped):
-            skipped += [loss] if loss not in skipped else []
-        answered.append(_Answered(answers, loss if isinstance(loss, HeldOutLoss) else None))
-        variant.model.release()
-    return answered
+    variants = list_variants(run, config, chat)
+    sets: list[ShardSet] = []
+    skipped: list[Skipped] = []
+    for variant in variants:
+        answers = answers_of(run, config, variant, examples)
+        reason = _no_loss(config, variant, examples, references)
+        if reason is None:
+            sets += [answers, _loss_of(run, config, variant, examples, references)]
+        else:
+            sets.append(replace(answers, release=_both(answers.release, variant.model.release)))
+            skipped += [reason] if reason not in skipped else []
+    with closing_sets(Phase("answers", tuple(sets))) as phase:
+        yield _Answering(phase, variants, skipped)
 
 
-def _held_out_loss(
-    run: Run,
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def both() -> None:
+        first()
+        second()
+
+    return both
+
+
+def _no_loss(
     config: RunConfig,
     variant: Variant,
     examples: Sequence[Example],
     references: Sequence[Encoded],
-) -> HeldOutLoss | Skipped:
-    """The loss, from its file where that holds it, or why there is none."""
+) -> Skipped | None:
+    """Why a variant's held-out loss is not measured, or None."""
     if not config.evaluate.held_out_loss:
         return Skipped("held_out_loss", "evaluate.held_out_loss is off")
     if config.evaluate.engine != "transformers":
@@ -113,14 +173,37 @@ def _held_out_loss(
     if not same_tokens(references, encode_references(variant.chat, examples)):
         reason = f"{variant.name} has other tokens, and loss a token compares over equal ones only"
         return Skipped("held_out_loss", reason)
-    tokens = [[list(e.input_ids), list(e.loss_mask)] for e in references]
-    settings = digest_of([variant.digest, config.model.dtype, [e.id for e in examples], tokens])
-    path = run.held_out_loss(variant.name)
-    loss = HeldOutLoss.read(path, settings)
-    if loss is None:
-        loss = measure_loss(variant.model(), examples, references, settings)
-        loss.write(path)
-    return loss
+    return None
+
+
+def _loss_of(
+    run: Run,
+    config: RunConfig,
+    variant: Variant,
+    examples: Sequence[Example],
+    references: Sequence[Encoded],
+) -> ShardSet:
+    """A variant's held-out loss; the model is the one that answered."""
+    return ShardSet(
+        key=f"loss.{variant.name}",
+        title=f"loss of {variant.name}",
+        directory=run.loss_shards(variant.name),
+        requests=loss_requests(examples, references),
+        settings={"model": variant.digest, "dtype": config.model.dtype},
+        work=lambda batches: measure_losses(variant.model, batches),
+        collected=run.held_out_loss(variant.name),
+        batch_size=MAX_ROWS,
+        num_shards=config.evaluate.num_shards,
+        release=variant.model.release,
+    )
+
+
+def _read(
+    run: Run, config: RunConfig, console: Console, variant: Variant, phase: Phase
+) -> _Answered:
+    answers = read_answers(run, config, console, variant)
+    measured = phase.by_key(f"loss.{variant.name}")
+    return _Answered(answers, HeldOutLoss.read(measured.collected) if measured else None)
 
 
 def _publish(

@@ -1,22 +1,20 @@
 """Answers to a split's questions, as sharded work: what `generate` and `evaluate` share.
 
-examples → prompts and seeds → one request an example → run_shards → engine → collected file.
-The engine is made once and lives through all shards.
+examples → prompts and seeds → one request an example → shards → engine → collected file.
+The engine is made once and lives through all shards that one process computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medtrain.config import EvaluateConfig, GenerateConfig, RunConfig
-from medtrain.console import Console
 from medtrain.data.examples import Example
 from medtrain.generate.engine import Answer, ModelSource, Prompt, make_engine
 from medtrain.generate.sampling import Sampling, row_seed
-from medtrain.shards import Request, ShardSummary, run_shards
+from medtrain.shards import Request, ShardSet
 
 if TYPE_CHECKING:
     from medtrain.data.chat import ChatTokenizer
@@ -25,7 +23,7 @@ AsRow = Callable[[tuple[Answer, ...]], dict[str, Any]]
 """The answers of one example → its line in the collected file, the id left out."""
 
 
-def answer_examples(
+def answer_shards(
     examples: Sequence[Example],
     *,
     config: RunConfig,
@@ -35,10 +33,10 @@ def answer_examples(
     directory: Path,
     collected: Path,
     as_row: AsRow,
-    console: Console,
-    name: str,
-) -> ShardSummary:
-    """Answer every example's prompt and collect the answers in the order of the examples.
+    key: str,
+    title: str,
+) -> ShardSet:
+    """The answers to every example's prompt as a shard set.
 
     Args:
         examples: their reference answers are not looked at.
@@ -49,30 +47,31 @@ def answer_examples(
         directory: of the shards.
         collected: one line an example: `{"id", **as_row(answers)}` or `{"id", "error"}`.
         as_row: what a line holds.
-        console: gets the progress.
-        name: of the work, for people.
+        key: of the shard set.
+        title: of the work, for people.
     """
     sampling = Sampling.of(section)
     prompts = {p.id: p for p in make_prompts(examples, chat, sampling, config.seed)}
-    with closing(make_engine(section, config.model, source, chat, sampling)) as engine:
+    engine = make_engine(section, config.model, source, chat, sampling)
 
-        def work(batches: list[list[Request]]) -> Iterator[tuple[str, dict[str, Any]]]:
-            for done in engine.answer([prompts[r.id] for r in batch] for batch in batches):
-                yield done.id, {"error": done.error} if done.error else as_row(done.answers)
+    def work(batches: Iterable[list[Request]]) -> Iterator[tuple[str, dict[str, Any]]]:
+        for done in engine.answer([prompts[r.id] for r in batch] for batch in batches):
+            yield done.id, {"error": done.error} if done.error else as_row(done.answers)
 
-        return run_shards(
-            directory,
-            [_request(prompt, section) for prompt in prompts.values()],
-            _settings(config, section, source, chat, sampling),
-            work,
-            collected,
-            console=console,
-            name=name,
-            # At an endpoint rows are no neighbours: alone in its batch, a finished one is not asked
-            # for again because another one failed.
-            batch_size=1 if section.engine == "openai" else section.batch_size,
-            num_shards=section.num_shards,
-        )
+    return ShardSet(
+        key=key,
+        title=title,
+        directory=directory,
+        requests=[_request(prompt, section) for prompt in prompts.values()],
+        settings=_settings(config, section, source, chat, sampling),
+        work=work,
+        collected=collected,
+        # At an endpoint rows are no neighbours: alone in its batch, a finished one is not asked
+        # for again because another one failed.
+        batch_size=1 if section.engine == "openai" else section.batch_size,
+        num_shards=section.num_shards,
+        release=engine.close,
+    )
 
 
 def make_prompts(

@@ -8,6 +8,8 @@ answer is an answer: it is kept, judged and counted.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import combinations
 from typing import Any
 
@@ -17,29 +19,43 @@ from medtrain.data.examples import read_examples
 from medtrain.data.tokenizer import load_chat_tokenizer
 from medtrain.errors import DataError, MedtrainError
 from medtrain.files import read_jsonl, write_jsonl
-from medtrain.generate.answering import answer_examples
+from medtrain.generate.answering import answer_shards
 from medtrain.generate.digest import model_digest
 from medtrain.generate.engine import Answer, ModelSource
 from medtrain.run import Run
+from medtrain.shards import Drive, Phase, closing_sets, run_here
 
 Counts = dict[str, Any]
 
 
-def generate(run: Run, config: RunConfig, console: Console) -> Counts:
+def generate(run: Run, config: RunConfig, console: Console, drive: Drive = run_here) -> Counts:
     """Answer the preference prompts and count what came of it.
 
     Raises:
         DataError: there is no SFT model yet.
         MedtrainError: not one prompt could be answered.
     """
+    with phase_of_candidates(run, config) as phase:
+        if not phase.sets:
+            write_jsonl(run.candidates, [])
+            console.event(
+                "no_prompts", "No preference prompts: DPO will train on the ready-made pairs alone"
+            )
+            return count_candidates(run)
+        drive(phase, console)
+    counts = count_candidates(run)
+    _complain(counts, run, config, console)
+    return counts
+
+
+@contextmanager
+def phase_of_candidates(run: Run, config: RunConfig) -> Iterator[Phase]:
+    """The phase of `generate`: one shard set, or none where there are no prompts."""
     examples = list(read_examples(run.preference_prompts))
     if not examples:
-        write_jsonl(run.candidates, [])
-        console.event(
-            "no_prompts", "No preference prompts: DPO will train on the ready-made pairs alone"
-        )
-        return count_candidates(run)
-    answer_examples(
+        yield Phase("candidates", ())
+        return
+    shard_set = answer_shards(
         examples,
         config=config,
         section=config.generate,
@@ -48,12 +64,11 @@ def generate(run: Run, config: RunConfig, console: Console) -> Counts:
         directory=run.generate,
         collected=run.candidates,
         as_row=_as_row,
-        console=console,
-        name="generate",
+        key="candidates",
+        title="generate",
     )
-    counts = count_candidates(run)
-    _complain(counts, run, config, console)
-    return counts
+    with closing_sets(Phase("candidates", (shard_set,))) as phase:
+        yield phase
 
 
 def count_candidates(run: Run) -> Counts:

@@ -7,7 +7,8 @@ pair, with the winner of every look, or the error that left it undecided.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import combinations
 from typing import Any
 
@@ -19,12 +20,12 @@ from medtrain.files import read_jsonl, write_jsonl
 from medtrain.judge.concurrency import judge_batches
 from medtrain.judge.protocol import Judge, JudgedQuestion, compare_in_orders, make_judge
 from medtrain.run import Run
-from medtrain.shards import Request, run_shards
+from medtrain.shards import Drive, Phase, Request, ShardSet, run_here
 
 _CHARS_PER_TOKEN = 4
 
 
-def judge(run: Run, config: RunConfig, console: Console) -> dict[str, Any]:
+def judge(run: Run, config: RunConfig, console: Console, drive: Drive = run_here) -> dict[str, Any]:
     """Compare every two candidates of every prompt, in one or both orders.
 
     Returns:
@@ -37,30 +38,48 @@ def judge(run: Run, config: RunConfig, console: Console) -> dict[str, Any]:
         EndpointError: the judge cannot be reached, or too many pairs failed. Verdicts that were
             reached are kept, and the next run asks for the others only.
     """
-    requests = list(pair_requests(run))
-    if not requests:
-        # Ready-made preferences alone need no judge, and so no key.
-        write_jsonl(run.verdicts, [])
-        return dict(count_verdicts(iter(())))
-    referee = make_judge(config.judge, config.model)
-    console.event("judge", f"{len(requests)} pairs, judged by {referee.label}", pairs=len(requests))
-    try:
-        run_shards(
-            run.judge,
-            requests,
-            {"judge": referee.settings(), "orders": config.judge.orders},
-            lambda batches: _verdicts(referee, batches, config),
-            run.verdicts,
-            console=console,
-            name="judge",
-            batch_size=referee.batch_size,
-            num_shards=config.judge.num_shards,
-        )
-    finally:
-        referee.close()
+    with verdicts(run, config) as (phase, referee):
+        if referee is None:
+            write_jsonl(run.verdicts, [])
+            return dict(count_verdicts(iter(())))
+        pairs = len(phase.sets[0].requests)
+        console.event("judge", f"{pairs} pairs, judged by {referee.label}", pairs=pairs)
+        drive(phase, console)
     counts = count_verdicts(read_jsonl(run.verdicts))
     _check_failures(run, config, counts)
     return {"judge": referee.label, "stand_in": referee.is_stand_in, **counts}
+
+
+@contextmanager
+def phase_of_verdicts(run: Run, config: RunConfig) -> Iterator[Phase]:
+    """The phase of `judge`: one shard set, or none where there are no pairs."""
+    with verdicts(run, config) as (phase, _):
+        yield phase
+
+
+@contextmanager
+def verdicts(run: Run, config: RunConfig) -> Iterator[tuple[Phase, Judge | None]]:
+    """The phase and its judge; where there is nothing to judge, there is no need of a key."""
+    requests = list(pair_requests(run))
+    if not requests:
+        yield Phase("verdicts", ()), None
+        return
+    referee = make_judge(config.judge, config.model)
+    shard_set = ShardSet(
+        key="verdicts",
+        title="judge",
+        directory=run.judge,
+        requests=requests,
+        settings={"judge": referee.settings(), "orders": config.judge.orders},
+        work=lambda batches: _verdicts(referee, batches, config),
+        collected=run.verdicts,
+        batch_size=referee.batch_size,
+        num_shards=config.judge.num_shards,
+    )
+    try:
+        yield Phase("verdicts", (shard_set,)), referee
+    finally:
+        referee.close()
 
 
 def pair_requests(run: Run) -> Iterator[Request]:
@@ -98,17 +117,22 @@ def _pairs_of(example: Example, row: dict[str, Any]) -> Iterator[Request]:
 
 
 def _verdicts(
-    referee: Judge, batches: list[list[Request]], config: RunConfig
+    referee: Judge, batches: Iterable[list[Request]], config: RunConfig
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    place = {r.id: {k: r.payload[k] for k in ("example", "a", "b")} for b in batches for r in b}
+    place: dict[str, dict[str, Any]] = {}
+
+    def placed() -> Iterator[list[Request]]:
+        for batch in batches:
+            place.update((r.id, {k: r.payload[k] for k in ("example", "a", "b")}) for r in batch)
+            yield batch
 
     def one(request: Request) -> dict[str, Any]:
         question = JudgedQuestion(request.payload["question"], request.payload["reference"])
         a, b = request.payload["answers"]
         return compare_in_orders(referee, question, a, b, config.judge.orders).to_json()
 
-    for row_id, result in judge_batches(referee, batches, one, config.judge.concurrency):
-        yield row_id, {**place[row_id], **result}
+    for row_id, result in judge_batches(referee, placed(), one, config.judge.concurrency):
+        yield row_id, {**place.pop(row_id), **result}
 
 
 def count_verdicts(rows: Iterator[dict[str, Any]]) -> dict[str, int]:

@@ -5,17 +5,35 @@ ones) → done.json (first publisher wins) → collect (checks everything, write
 This room knows files; it knows no model and no scheduler.
 """
 
-from medtrain.shards.drive import ShardSummary, Work, run_shards
+from medtrain.shards.collect import UnsoundShardError
+from medtrain.shards.drive import (
+    attempt_units,
+    collect_only,
+    missing_units,
+    open_phase,
+    run_here,
+)
 from medtrain.shards.plan import Plan, Request, make_plan
 from medtrain.shards.progress import Progress, shard_progress
+from medtrain.shards.shard_set import Drive, Phase, ShardSet, ShardSummary, Unit, Work, closing_sets
 
 __all__ = [
+    "Drive",
+    "Phase",
     "Plan",
     "Progress",
     "Request",
+    "ShardSet",
     "ShardSummary",
+    "Unit",
+    "UnsoundShardError",
     "Work",
+    "attempt_units",
+    "closing_sets",
+    "collect_only",
     "make_plan",
-    "run_shards",
+    "missing_units",
+    "open_phase",
+    "run_here",
     "shard_progress",
 ]

@@ -1,86 +1,40 @@
 """One try at one shard: resume from what earlier tries finished, compute the rest, publish.
 
-earlier journals with these request hashes → rows still to do → work → own journal → rows.jsonl in
-plan order → done.json, by the first attempt that gets there.
+attempt.json and heartbeat → what earlier attempts finished, and what killed them → batches still to
+do, then suspect rows one by one → own journal → rows.jsonl in plan order → done.json, by the first
+attempt that gets there. However the attempt ends, it says so, unless its process is killed.
 """
 
 from __future__ import annotations
 
-import os
-import socket
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from medtrain.errors import DataError, MedtrainError
-from medtrain.files import (
-    digest_of,
-    publish,
-    read_sealed,
-    sealed,
-    sha256_file,
-    write_jsonl,
-)
-from medtrain.shards.journal import Journal, read_journal
+from medtrain.errors import MedtrainError
+from medtrain.files import sha256_file, write_jsonl
+from medtrain.shards.history import Result, finished, finished_rows, forgive, look_back
+from medtrain.shards.journal import Journal
+from medtrain.shards.liveness import AttemptMark, Beat, Heartbeat
 from medtrain.shards.plan import Plan
+from medtrain.shards.quarantine import is_final, quarantined, suspicion
+from medtrain.shards.receipts import distrust, publish_receipt, receipt_that_holds, sound_receipt
+from medtrain.shards.shard_files import ShardFiles
 
-Result = dict[str, Any]
-Work = Callable[[list[list[str]]], Iterator[tuple[str, Result]]]
-"""Batches of row ids that still have rows to do → (row id, result) as rows finish."""
+__all__ = [
+    "Result",
+    "ShardFiles",
+    "Work",
+    "distrust",
+    "finished_rows",
+    "forgive",
+    "receipt_that_holds",
+    "run_attempt",
+    "sound_receipt",
+]
 
-
-@dataclass(frozen=True, slots=True)
-class ShardFiles:
-    """The names in one shard's directory."""
-
-    stage: Path
-    shard: int
-
-    @property
-    def root(self) -> Path:
-        """The shard's directory."""
-        return self.stage / "shards" / f"{self.shard:05d}"
-
-    @property
-    def done(self) -> Path:
-        """The receipt."""
-        return self.root / "done.json"
-
-    def rows(self, attempt: str) -> Path:
-        """An attempt's results in plan order."""
-        return self.root / attempt / "rows.jsonl"
-
-    def journal(self, attempt: str) -> Path:
-        """An attempt's journal."""
-        return self.root / attempt / "journal.jsonl"
-
-    def journals(self) -> list[Path]:
-        """All journals of the shard, oldest name first, and rows kept from an earlier layout."""
-        carried = self.stage / "carried.jsonl"
-        return [p for p in (carried,) if p.exists()] + sorted(self.root.glob("*/journal.jsonl"))
-
-
-def attempt_name() -> str:
-    """Unique: job, restart and a random part."""
-    job = os.environ.get("SLURM_JOB_ID", f"{socket.gethostname()}-{os.getpid()}")
-    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
-    return f"{job}.{restart}.{uuid.uuid4().hex[:8]}"
-
-
-def finished_rows(plan: Plan, shard: int, files: ShardFiles) -> dict[str, Result]:
-    """Results of this shard's rows that earlier attempts journaled for the same requests."""
-    wanted = {plan.row_ids[i]: plan.row_hashes[i] for i in plan.positions(shard)}
-    finished: dict[str, Result] = {}
-    for journal in files.journals():
-        for record in read_journal(journal):
-            row_id = record.get("id")
-            if row_id in wanted and record.get("request") == wanted[row_id]:
-                finished.setdefault(row_id, record["result"])
-    return finished
+Work = Callable[[Iterable[list[str]]], Iterator[tuple[str, Result]]]
+"""Batches of row ids that still have rows to do, pulled one after the other → (row id, result) as
+rows finish. What has been pulled and not been yielded is in flight."""
 
 
 def run_attempt(
@@ -89,97 +43,145 @@ def run_attempt(
     """Finish one shard; returns at once where its receipt stands and is sound.
 
     Rows with an error are kept in the receipt as errors, but are tried again by a later attempt of
-    the same shard only if no receipt was published.
+    the same shard only if no receipt was published. Rows that killed their processes are given up
+    on (see `medtrain.shards.quarantine`) and are errors too.
 
     Raises:
         MedtrainError: `work` ended without having finished its rows.
     """
     if sound_receipt(plan, shard, files) is not None:
         return
-    started = time.monotonic()
-    finished = finished_rows(plan, shard, files)
-    finished = {row: result for row, result in finished.items() if "error" not in result}
-    for result in finished.values():
-        on_row(result)
-    hashes = {plan.row_ids[i]: plan.row_hashes[i] for i in plan.positions(shard)}
-    batches = [[plan.row_ids[i] for i in batch] for batch in plan.shards[shard]]
-    pending = [batch for batch in batches if any(row not in finished for row in batch)]
-    attempt = attempt_name()
-    if pending:
-        with Journal(files.journal(attempt)) as journal:
-            for row_id, result in work(pending):
-                if row_id in finished:
-                    continue
-                journal.append({"id": row_id, "request": hashes[row_id], "result": result})
-                finished[row_id] = result
-                on_row(result)
-    missing = [row for row in hashes if row not in finished]
-    if missing:
-        raise MedtrainError(f"Shard {shard} ended with {len(missing)} rows undone")
-    _publish(plan, shard, files, attempt, finished, time.monotonic() - started)
+    mark = AttemptMark.mine(plan.plan_id, plan.batch_size)
+    own = files.attempt(mark.attempt)
+    with Heartbeat(own, mark, shard) as heartbeat, Journal(own.journal) as journal:
+        attempt = _Attempt(plan, files, mark, heartbeat.beat, journal, on_row)
+        alone = attempt.resume()
+        attempt.compute(work, alone)
+        attempt.publish()
 
 
-def _publish(
-    plan: Plan,
-    shard: int,
-    files: ShardFiles,
-    attempt: str,
-    finished: dict[str, Result],
-    seconds: float,
-) -> None:
-    ids = [plan.row_ids[i] for i in plan.positions(shard)]
-    rows = files.rows(attempt)
-    write_jsonl(rows, ({"id": row_id, **finished[row_id]} for row_id in ids))
-    receipt = {
-        "plan_id": plan.plan_id,
-        "shard": shard,
-        "attempt": attempt,
-        "rows": len(ids),
-        "row_ids_digest": digest_of(ids),
-        "bytes": rows.stat().st_size,
-        "sha256": sha256_file(rows),
-        "errors": sum("error" in finished[row_id] for row_id in ids),
-        "tokens": sum(int(finished[row_id].get("tokens", 0)) for row_id in ids),
-        "seconds": round(seconds, 3),
-    }
-    publish(files.done, sealed(receipt))
+class _Attempt:
+    """The rows of a try, finished and to do."""
 
+    def __init__(
+        self,
+        plan: Plan,
+        files: ShardFiles,
+        mark: AttemptMark,
+        beat: Beat,
+        journal: Journal,
+        on_row: Callable[[Result], None],
+    ) -> None:
+        self._plan, self._files, self._mark = plan, files, mark
+        self._beat, self._journal, self._on_row = beat, journal, on_row
+        self._hashes = plan.hashes(files.shard)
+        self._finished: dict[str, Result] = {}
+        self._computed: list[str] = []
+        self._load_seconds = self._seconds = 0.0
 
-def sound_receipt(plan: Plan, shard: int, files: ShardFiles) -> dict[str, Any] | None:
-    """The shard's receipt, if it holds (see `receipt_that_holds`).
+    def resume(self) -> frozenset[str]:
+        """Take over what is finished, give up on rows that killed; returns what goes alone."""
+        past = look_back(self._files, self._hashes, me=self._mark)
+        for row, result in finished(past).items():
+            if is_final(result):
+                self._take(row, result)
+        doubts = suspicion(past)
+        for row, deaths in doubts.given_up.items():
+            self._finish(row, quarantined(deaths))
+        return doubts.alone
 
-    One that does not is set aside, so that the shard is computed again from its journals; nothing
-    is deleted.
-    """
-    receipt = receipt_that_holds(plan, shard, files)
-    if receipt is None:
-        _set_aside(files.done)
-    return receipt
+    def compute(self, work: Work, alone: frozenset[str]) -> None:
+        """Batches first, then suspects one by one: nothing else is in flight beside one of them."""
+        batches, suspects = self._to_do(alone)
+        if batches:
+            self._run(work, batches)
+        for row in suspects:
+            self._run(work, [[row]], alone=True)
+        missing = [row for row in self._hashes if row not in self._finished]
+        if missing:
+            raise MedtrainError(f"Shard {self._files.shard} ended with {len(missing)} rows undone")
 
+    def _to_do(self, alone: frozenset[str]) -> tuple[list[list[str]], list[str]]:
+        """Batches with rows to do, as whole as they were planned, and rows to do one by one."""
+        ids = list(self._hashes)
+        batches: list[list[str]] = []
+        suspects: list[str] = []
+        for start in range(0, len(ids), self._plan.batch_size):
+            batch = ids[start : start + self._plan.batch_size]
+            undone = [row for row in batch if row not in self._finished]
+            if not alone.isdisjoint(undone):
+                suspects += undone
+            elif undone:
+                given_up = {r for r in batch if self._finished.get(r, {}).get("quarantined")}
+                batches.append([row for row in batch if row not in given_up])
+        return batches, suspects
 
-def receipt_that_holds(plan: Plan, shard: int, files: ShardFiles) -> dict[str, Any] | None:
-    """The shard's receipt, if it belongs to this plan and its file has the promised size."""
-    try:
-        receipt = read_sealed(files.done)
-    except (FileNotFoundError, DataError):
-        return None
-    ids = [plan.row_ids[i] for i in plan.positions(shard)]
-    rows = files.rows(str(receipt.get("attempt", "")))
-    if (
-        receipt.get("plan_id") == plan.plan_id
-        and receipt.get("row_ids_digest") == digest_of(ids)
-        and rows.exists()
-        and rows.stat().st_size == receipt["bytes"]
-    ):
-        return receipt
-    return None
+    def _run(self, work: Work, batches: Sequence[list[str]], *, alone: bool = False) -> None:
+        called = pulled = time.monotonic()
 
+        def pull() -> Iterator[list[str]]:
+            nonlocal pulled
+            for number, batch in enumerate(batches):
+                if number == 0:
+                    pulled = time.monotonic()
+                    self._beat.working_since = self._beat.working_since or time.time()
+                self._journal.pulled(batch, alone=alone)
+                yield batch
 
-def _set_aside(path: Path) -> None:
-    with suppress(FileNotFoundError):
-        path.rename(path.with_name(f"{path.name}.unsound-{uuid.uuid4().hex[:8]}"))
+        for row, result in work(pull()):
+            self._computed.append(row)
+            if row not in self._finished:
+                self._finish(row, result)
+        self._load_seconds += pulled - called
+        self._seconds += time.monotonic() - pulled
 
+    def _finish(self, row: str, result: Result) -> None:
+        self._journal.append({"id": row, "request": self._hashes[row], "result": result})
+        self._beat.new += 1
+        self._beat.last_row_at = time.time()
+        self._take(row, result)
 
-def distrust(files: ShardFiles) -> None:
-    """Set a shard's receipt aside: its file does not hold what the receipt says."""
-    _set_aside(files.done)
+    def _take(self, row: str, result: Result) -> None:
+        self._finished[row] = result
+        self._beat.rows += 1
+        self._beat.errors += "error" in result
+        self._on_row(result)
+
+    def publish(self) -> None:
+        """Write the rows in plan order, and their receipt."""
+        shard, results = self._files.shard, [self._finished[row] for row in self._hashes]
+        rows = self._files.attempt(self._mark.attempt).rows
+        count = write_jsonl(
+            rows,
+            ({"id": row, **result} for row, result in zip(self._hashes, results, strict=True)),
+        )
+        receipt = {
+            "plan_id": self._plan.plan_id,
+            "shard": shard,
+            "attempt": self._mark.attempt,
+            "rows": count,
+            "row_ids_digest": self._plan.digests[shard],
+            "bytes": rows.stat().st_size,
+            "sha256": sha256_file(rows),
+            "errors": sum("error" in result for result in results),
+            "quarantined": sum(bool(result.get("quarantined")) for result in results),
+            "tokens": sum(int(result.get("tokens", 0)) for result in results),
+            "seconds": round(self._seconds, 3),
+            "load_seconds": round(self._load_seconds, 3),
+            "computed": self._sums(),
+            "gpus": self._mark.gpus,
+            "started_at": self._mark.started_at,
+            "ended_at": time.time(),
+        }
+        publish_receipt(self._plan, self._files, receipt)
+
+    def _sums(self) -> dict[str, int]:
+        """What `seconds` were spent on: from these, estimates are fitted."""
+        requests = {request.id: request for request in self._plan.rows(self._files.shard)}
+        rows = [row for row in self._computed if "error" not in self._finished[row]]
+        return {
+            "rows": len(rows),
+            "tokens": sum(int(self._finished[row].get("tokens", 0)) for row in rows),
+            "prompt_tokens": sum(requests[row].prompt_tokens for row in rows),
+            "max_answer_tokens": sum(requests[row].max_answer_tokens for row in rows),
+        }

@@ -10,7 +10,8 @@ from medtrain.data.chat import Encoded
 from medtrain.data.examples import Example
 from medtrain.errors import DataError
 from medtrain.evaluate import loss as loss_module
-from medtrain.evaluate.loss import HeldOutLoss, measure_loss, same_tokens
+from medtrain.evaluate.loss import HeldOutLoss, loss_requests, measure_losses, same_tokens
+from medtrain.files import write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +30,23 @@ def _row(length: int, supervised_from: int, start: int = 7) -> Encoded:
     return Encoded(ids, [int(i >= supervised_from) for i in range(length)])
 
 
+def _measure(
+    model: Any, directory: Path, examples: list[Example], rows: list[Encoded]
+) -> HeldOutLoss:
+    """As the stage does it: all rows in one batch of the plan, collected, read."""
+    found = dict(measure_losses(lambda: model, [loss_requests(examples, rows)]))
+    write_jsonl(directory / "loss.jsonl", ({"id": e.id, **found[e.id]} for e in examples))
+    return HeldOutLoss.read(directory / "loss.jsonl")
+
+
 ROWS = [_row(9, 5), _row(30, 12, start=3), _row(6, 1, start=50), _row(30, 29, start=90)]
 EXAMPLES = [_example(i) for i in range(len(ROWS))]
 
 
-def test_a_rows_loss_is_that_of_transformers(model: Any) -> None:
+def test_a_rows_loss_is_that_of_transformers(model: Any, tmp_path: Path) -> None:
     import torch
 
-    measured = measure_loss(model, EXAMPLES, ROWS, "s")
+    measured = _measure(model, tmp_path, EXAMPLES, ROWS)
     for example, row in zip(EXAMPLES, ROWS, strict=True):
         labels = [i if m else -100 for i, m in zip(row.input_ids, row.loss_mask, strict=True)]
         with torch.no_grad():
@@ -44,8 +54,8 @@ def test_a_rows_loss_is_that_of_transformers(model: Any) -> None:
         assert measured.of(example.id) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_the_mean_is_over_tokens_and_not_over_rows(model: Any) -> None:
-    measured = measure_loss(model, EXAMPLES, ROWS, "s")
+def test_the_mean_is_over_tokens_and_not_over_rows(model: Any, tmp_path: Path) -> None:
+    measured = _measure(model, tmp_path, EXAMPLES, ROWS)
     assert [row.tokens for row in measured.rows.values()] == [4, 18, 5, 1]
     assert measured.tokens == 28
     nats = sum(row.nats for row in measured.rows.values())
@@ -53,10 +63,12 @@ def test_the_mean_is_over_tokens_and_not_over_rows(model: Any) -> None:
     assert list(measured.rows) == ["0", "1", "2", "3"]
 
 
-def test_batches_do_not_show_in_the_figures(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    together = measure_loss(model, EXAMPLES, ROWS, "s")
-    monkeypatch.setattr(loss_module, "_MAX_ROWS", 1)
-    alone = measure_loss(model, EXAMPLES, ROWS, "s")
+def test_batches_do_not_show_in_the_figures(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = _measure(model, tmp_path, EXAMPLES, ROWS)
+    monkeypatch.setattr(loss_module, "MAX_ROWS", 1)
+    alone = _measure(model, tmp_path, EXAMPLES, ROWS)
     for example in EXAMPLES:
         assert together.of(example.id) == pytest.approx(alone.of(example.id), rel=1e-5)
 
@@ -68,35 +80,23 @@ def test_batches_stay_within_the_memory_for_logits(monkeypatch: pytest.MonkeyPat
     assert batches == [[1, 3, 5], [0, 4], [2]]
 
 
-def test_an_untrained_model_knows_about_nothing(model: Any) -> None:
-    measured = measure_loss(model, EXAMPLES, ROWS, "s")
+def test_an_untrained_model_knows_about_nothing(model: Any, tmp_path: Path) -> None:
+    measured = _measure(model, tmp_path, EXAMPLES, ROWS)
     assert measured.value == pytest.approx(math.log(512), rel=0.05)
 
 
-def test_a_row_beyond_the_context_is_cut_and_said_so(model: Any) -> None:
+def test_a_row_beyond_the_context_is_cut_and_said_so(model: Any, tmp_path: Path) -> None:
     inside, outside = _row(700, 500), _row(700, 600)
-    measured = measure_loss(model, EXAMPLES[:2], [inside, outside], "s")
+    measured = _measure(model, tmp_path, EXAMPLES[:2], [inside, outside])
     assert measured.cut == 2
     assert {i: row.tokens for i, row in measured.rows.items()} == {"0": 12}
     assert measured.of("1") is None
     assert "2 rows cut" in measured.note
 
 
-def test_nothing_to_measure_is_one_clear_error(model: Any) -> None:
+def test_nothing_to_measure_is_one_clear_error(model: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No reference answer fits"):
-        measure_loss(model, EXAMPLES[:1], [_row(700, 600)], "s")
-
-
-def test_it_is_read_back_as_it_was_written_unless_settings_changed(tmp_path: Path) -> None:
-    path = tmp_path / "loss.json"
-    rows = {"a": loss_module.RowLoss(1 / 3, 2), "b": loss_module.RowLoss(5.1, 7)}
-    loss = HeldOutLoss("settings", rows, cut=1)
-    loss.write(path)
-    assert HeldOutLoss.read(path, "settings") == loss
-    assert HeldOutLoss.read(path, "others") is None
-    path.write_text("{")
-    assert HeldOutLoss.read(path, "settings") is None
-    assert HeldOutLoss.read(tmp_path / "absent.json", "settings") is None
+        _measure(model, tmp_path, EXAMPLES[:1], [_row(700, 600)])
 
 
 def test_same_tokens() -> None:

@@ -37,7 +37,7 @@ SFT = VariantAnswers("sft", "runs/sft", {e.id: _row(ANSWER) for e in EXAMPLES})
 
 def _measures() -> list[VariantMeasures]:
     reader = DecisionReader()
-    loss = HeldOutLoss("s", {"x": RowLoss(6.0, 2), "z": RowLoss(2.0, 2)}, 0)
+    loss = HeldOutLoss({"x": RowLoss(6.0, 2), "z": RowLoss(2.0, 2)}, 0)
     return [
         measure(BASE, EXAMPLES, [token_f1], reader, loss),
         measure(SFT, EXAMPLES, [token_f1], reader, None),

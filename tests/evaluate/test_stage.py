@@ -231,7 +231,7 @@ def test_shards_and_batches_change_no_answer(
 ) -> None:
     _evaluate(run, _config(base_dir, num_shards=3, variants=["sft"]))
     assert run.answers("sft").read_bytes() == undisturbed["evaluate/sft/answers.jsonl"]
-    assert run.held_out_loss("sft").read_bytes() == undisturbed["evaluate/sft/loss.json"]
+    assert run.held_out_loss("sft").read_bytes() == undisturbed["evaluate/sft/loss.jsonl"]
 
 
 def test_a_question_without_an_answer_is_left_out_and_counted(run: Run, base_dir: Path) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medtrain.console import Console
 from medtrain.errors import DataError
-from medtrain.shards import Request, make_plan, run_shards, shard_progress
+from medtrain.shards import Request, make_plan, shard_progress
 
-QUIET = Console(quiet=True)
-
-
-def requests(count: int) -> list[Request]:
-    return [Request(f"row-{i}", {"x": i}, cost=(i * 7919) % 13) for i in range(count)]
-
-
-def square(batches: list[list[Request]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for batch in batches:
-        for request in batch:
-            yield request.id, {"y": request.payload["x"] ** 2, "text": "é\n🙂", "tokens": 3}
-
-
-def refuse(batches: list[list[Request]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    raise AssertionError(f"{sum(map(len, batches))} rows are computed again")
-    yield
-
-
-def run(directory: Path, rows: list[Request], work: Any = square, **layout: int) -> bytes:
-    out = directory / "collected.jsonl"
-    run_shards(directory, rows, {"model": "m"}, work, out, console=QUIET, name="t", **layout)
-    return out.read_bytes()
+from .sets import Rows, bring, refuse, requests, run, square
 
 
 @given(
@@ -58,7 +35,8 @@ def test_a_plan_holds_every_row_once(
     placed = sorted(i for shard in range(len(plan.shards)) for i in plan.positions(shard))
     assert placed == list(range(count))
     one = make_plan(rows, {}, batch_size=batch_size, num_shards=1)
-    assert sorted(b for s in plan.shards for b in s) == sorted(b for s in one.shards for b in s)
+    batches = [batch for shard in range(len(plan.shards)) for batch in plan.batches(shard)]
+    assert sorted(batches) == sorted(one.batches(0))
     assert plan.plan_id == one.plan_id
 
 
@@ -101,9 +79,8 @@ def test_another_layout_keeps_finished_rows(tmp_path: Path) -> None:
 
 def test_other_settings_compute_anew(tmp_path: Path) -> None:
     run(tmp_path, requests(5))
-    out = tmp_path / "collected.jsonl"
     with pytest.raises(AssertionError, match="5 rows"):
-        run_shards(tmp_path, requests(5), {"model": "n"}, refuse, out, console=QUIET, name="t")
+        bring(tmp_path, requests(5), refuse, {"model": "n"})
 
 
 def test_more_rows_keep_finished_ones_that_had_no_neighbours(tmp_path: Path) -> None:
@@ -131,7 +108,7 @@ def test_interrupted_work_goes_on_where_it_stopped(tmp_path: Path) -> None:
     expected = run(tmp_path / "whole", requests(30), num_shards=2, batch_size=4)
     seen: list[str] = []
 
-    def stumble(batches: list[list[Request]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def stumble(batches: list[list[Request]]) -> Rows:
         for row_id, result in square(batches):
             if len(seen) == 13:
                 raise KeyboardInterrupt
@@ -143,7 +120,7 @@ def test_interrupted_work_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert shard_progress(tmp_path / "cut").done == 13
     again: list[str] = []
 
-    def note(batches: list[list[Request]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def note(batches: list[list[Request]]) -> Rows:
         for row_id, result in square(batches):
             again.append(row_id)
             yield row_id, result
@@ -158,7 +135,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from shards.test_shards import requests, square, run
+from shards.sets import requests, square, run
 def slow(batches):
     for row in square(batches):
         time.sleep(0.01)
@@ -207,17 +184,14 @@ def test_damage_to_any_file_is_mended(data: st.DataObject, tmp_path_factory: Any
 def test_failed_rows_are_tried_again_and_others_are_not(tmp_path: Path) -> None:
     calls: list[str] = []
 
-    def flaky(batches: list[list[Request]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def flaky(batches: list[list[Request]]) -> Rows:
         for batch in batches:
             for request in batch:
                 calls.append(request.id)
                 failed = request.id == "row-3" and calls.count("row-3") == 1
                 yield request.id, {"error": "timed out"} if failed else {"y": 1}
 
-    out = tmp_path / "collected.jsonl"
-    first = run_shards(tmp_path, requests(6), {}, flaky, out, console=QUIET, name="t")
-    assert first.errors == 1
-    second = run_shards(tmp_path, requests(6), {}, flaky, out, console=QUIET, name="t")
-    assert second.errors == 0
+    assert bring(tmp_path, requests(6), flaky).errors == 1
+    assert bring(tmp_path, requests(6), flaky).errors == 0
     assert calls.count("row-3") == 2
     assert len(calls) == 7

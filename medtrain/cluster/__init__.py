@@ -1,0 +1,1 @@
+"""Slurm: everything that knows a scheduler."""

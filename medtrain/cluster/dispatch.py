@@ -1,0 +1,191 @@
+"""Handing one job of a chain to Slurm.
+
+intent in the ledger → script and arguments in the job's folder → sbatch → job ids in the ledger.
+Arrays and the short jobs between them go through submitit, which writes the script, carries the
+arguments (a few words each), and requeues a job that runs into its time limit or is preempted;
+training goes through slurm/train.sbatch, which a person can submit as well.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medtrain.cluster.chain import ChainJob
+from medtrain.cluster.ledger import Condition, Ledger, Submission
+from medtrain.cluster.sbatch import flags, sbatch, train_script
+from medtrain.cluster.site import (
+    Options,
+    job_python,
+    sbatch_options,
+    setup_lines,
+    total_gpus,
+)
+from medtrain.config import RunConfig
+from medtrain.errors import TryAgainError
+from medtrain.files import write_text
+from medtrain.run import Run
+
+DEFAULT_MAX_ARRAY_SIZE = 1001
+"""Slurm's own default: array indices are lower than this."""
+_LOG_PATTERN = "%j_0_log.out"
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What is given to sbatch."""
+
+    command: tuple[str, ...]
+    """sbatch and its arguments; empty where submitit calls it."""
+    text: str
+    """The batch script."""
+
+
+class Dispatcher:
+    """Submits the jobs of one run."""
+
+    def __init__(
+        self, run: Run, config: RunConfig, *, max_array_size: int = DEFAULT_MAX_ARRAY_SIZE
+    ) -> None:
+        self.run = Run(run.root.absolute())
+        self.config = config
+        self.ledger = Ledger(self.run)
+        self._max_array_size = max_array_size
+
+    def submit(
+        self,
+        job: ChainJob,
+        waits_for: Mapping[str, Sequence[str]],
+        *,
+        repair_round: int = 0,
+        exclude: str = "",
+    ) -> Submission:
+        """Submit a job once.
+
+        Args:
+            job: what is to be done.
+            waits_for: key → job ids of the jobs it depends on; a key that is not there is done.
+            repair_round: 0, or the round of repair it belongs to.
+            exclude: nodes to keep off besides those of the configuration.
+
+        Raises:
+            TryAgainError: somebody else submits the same job at this moment.
+            ConfigError: sbatch refuses it.
+        """
+        intent = self.ledger.intend(
+            job.key,
+            steps=job.steps,
+            after=job.after,
+            tasks=job.tasks,
+            gpus=total_gpus(self.config, job.kind),
+            repair_round=repair_round,
+        )
+        if intent is None:
+            raise TryAgainError(
+                f"Another medtrain submits {job.key} of this run at this moment",
+                fix=f"See what is queued: medtrain status {self.run.root}",
+            )
+        dependency = dependency_of(job.after, waits_for)
+        options = self._options(job, intent, dependency, exclude)
+        try:
+            ids, starts = self._sbatch(job, intent, options)
+        except Exception:
+            self.ledger.give_up(intent)
+            raise
+        return self.ledger.note(intent, ids, starts)
+
+    def scripts(self, job: ChainJob) -> list[Script]:
+        """What `submit` would hand to sbatch, without a trace: names stand for job ids."""
+        intent = Submission(job.key, 0, nonce="<nonce>", steps=job.steps, tasks=job.tasks)
+        named = {key: [f"<{key}>"] for key, _ in job.after}
+        options = self._options(job, intent, dependency_of(job.after, named), "")
+        if job.trains:
+            return [self._train_script(job, intent, options)]
+        chunks = self._chunks(len(job.tasks)) if job.tasks else [range(1)]
+        return [
+            Script((), self._executor(intent, options, len(chunks)).script(len(chunk)))
+            for chunk in chunks
+        ]
+
+    def _sbatch(
+        self, job: ChainJob, intent: Submission, options: Options
+    ) -> tuple[list[str], list[int]]:
+        folder = self.run.job_folder(intent.key, intent.number)
+        folder.mkdir(parents=True)
+        if job.trains:
+            script = self._train_script(job, intent, options)
+            write_text(folder / "setup.sh", "\n".join(setup_lines(self.config)) + "\n")
+            return [sbatch(script.command, self._train_environment(folder))], [0]
+        from medtrain.cluster.tasks import ChainTask, ShardTask
+
+        if not job.tasks:
+            task = ChainTask(str(self.run.root), intent.key, intent.number)
+            return [self._executor(intent, options, 1).send([task])], [0]
+        chunks = self._chunks(len(job.tasks))
+        executor = self._executor(intent, options, len(chunks))
+        ids = [
+            executor.send(
+                [ShardTask(str(self.run.root), intent.key, intent.number, i) for i in chunk]
+            )
+            for chunk in chunks
+        ]
+        return ids, [chunk.start for chunk in chunks]
+
+    def _chunks(self, count: int) -> list[range]:
+        size = self._max_array_size
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def _options(self, job: ChainJob, intent: Submission, dependency: str, exclude: str) -> Options:
+        options = sbatch_options(self.config, job.kind)
+        options["comment"] = intent.comment
+        if dependency:
+            options["dependency"] = dependency
+            # Else a job whose predecessor failed would wait for ever.
+            options["kill-on-invalid-dep"] = "yes"
+        if exclude:
+            given = str(options.get("exclude", ""))
+            options["exclude"] = f"{given},{exclude}" if given else exclude
+        return options
+
+    def _executor(self, intent: Submission, options: Options, arrays: int) -> Any:
+        from medtrain.cluster.executor import ArrayExecutor
+
+        return ArrayExecutor(
+            self.run.job_folder(intent.key, intent.number),
+            name=f"{self.run.name}-{intent.key}",
+            options=options,
+            config=self.config,
+            python=job_python(self.config),
+            parallelism=max(1, self.config.cluster.parallelism // arrays),
+        )
+
+    def _train_script(self, job: ChainJob, intent: Submission, options: Options) -> Script:
+        script = train_script()
+        folder = self.run.job_folder(intent.key, intent.number)
+        given = {
+            **options,
+            "job-name": f"{self.run.name}-{intent.key}",
+            "output": str(folder / _LOG_PATTERN),
+            "signal": f"B:USR1@{self.config.cluster.signal_delay_s}",
+        }
+        stage = job.steps[0][1]
+        command = ["sbatch", "--parsable", *flags(given), str(script), stage, str(self.run.root)]
+        return Script(tuple(command), script.read_text(encoding="utf-8"))
+
+    def _train_environment(self, folder: Path) -> dict[str, str]:
+        return {
+            "MEDTRAIN_JOB_SETUP": str(folder / "setup.sh"),
+            "MEDTRAIN_PYTHON": self.config.cluster.python or sys.executable,
+        }
+
+
+def dependency_of(
+    after: Sequence[tuple[str, Condition]], waits_for: Mapping[str, Sequence[str]]
+) -> str:
+    """sbatch's `--dependency`; empty where there is nothing to wait for."""
+    return ",".join(
+        ":".join([condition, *waits_for[key]]) for key, condition in after if waits_for.get(key)
+    )

@@ -1,0 +1,144 @@
+"""What a collect job does about shards that are missing.
+
+missing shards, and why they failed → an error that a new try would only repeat ends the chain with
+it; otherwise one more array of the missing shards, a new collect job behind it, and the jobs that
+waited for this one wait for that. Rounds are bounded; where compute nodes may not submit jobs, the
+command that does it is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from medtrain.cluster.chain import ChainJob, phase_of
+from medtrain.cluster.dispatch import Dispatcher, dependency_of
+from medtrain.cluster.ledger import Ledger, Step, Submission
+from medtrain.cluster.slurm import Slurm
+from medtrain.config import RunConfig
+from medtrain.console import Console
+from medtrain.errors import (
+    BadNodeError,
+    ConfigError,
+    DataError,
+    MedtrainError,
+    TryAgainError,
+    from_exit_code,
+)
+from medtrain.files import read_json
+from medtrain.run import Run
+from medtrain.shards import Unit, missing_units
+
+Tasks = tuple[tuple[Unit, ...], ...]
+_NOT_WORTH_REPEATING = (ConfigError.exit_code, DataError.exit_code)
+PATIENCE_S = 5.0
+"""How long an absent file is looked for again: network file systems remember absence that long."""
+
+
+def repair(run: Run, config: RunConfig, console: Console, closing: Submission, step: Step) -> None:
+    """Submit the missing shards of a phase and a job like this one behind them.
+
+    Args:
+        run: the run.
+        config: its configuration.
+        console: gets what is done.
+        closing: the submission of the job that found shards missing.
+        step: the step of it that closes the phase.
+
+    Raises:
+        MedtrainError: a shard failed for a reason that stays; with its exit code.
+        TryAgainError: there were rounds enough, or this node may not submit jobs.
+    """
+    tasks = missing_tasks(run, config, step)
+    failures = failures_of(run, f"{step[1]}.{step[2]}")
+    _check_failures(run, failures)
+    if closing.round >= config.cluster.repair_rounds:
+        raise _given_up(run, step, tasks, closing.round, failures)
+    bad_nodes = sorted({f["host"] for f in failures if f["exit_code"] == BadNodeError.exit_code})
+    try:
+        with run.submitting():
+            _submit_again(run, config, closing, step, tasks, ",".join(bad_nodes))
+    except (ConfigError, OSError) as error:
+        raise TryAgainError(
+            f"{len(tasks)} tasks of {step[1]} are missing, and this node cannot submit jobs "
+            f"({str(error).splitlines()[0]})",
+            fix=f"On a login node: medtrain resume {run.root}",
+        ) from error
+    console.event(
+        "repair",
+        f"{len(tasks)} tasks of {step[1]} are submitted again",
+        stage=step[1],
+        phase=step[2],
+        tasks=len(tasks),
+        round=closing.round + 1,
+    )
+
+
+def missing_tasks(
+    run: Run, config: RunConfig, step: Step, *, patience_s: float = PATIENCE_S
+) -> Tasks:
+    """The tasks of a phase that have a shard without a sound receipt."""
+    row = phase_of(step)
+    with row.open(run, config) as phase:
+        missing = set(missing_units(phase, patience_s=patience_s))
+    grouped = {unit for task in row.tasks(config) for unit in task}
+    tasks = [tuple(u for u in task if u in missing) for task in row.tasks(config)]
+    # A plan that was laid out for more shards than the configuration now names.
+    alone = [(unit,) for unit in sorted(missing - grouped)]
+    return tuple(task for task in (*tasks, *alone) if task)
+
+
+def failures_of(run: Run, key: str) -> list[dict[str, Any]]:
+    """The notes of failed tasks of the newest submission of a key."""
+    newest = Ledger(run).latest().get(key)
+    if newest is None:
+        return []
+    folder = run.job_folder(newest.key, newest.number)
+    return [read_json(path) for path in sorted(folder.glob("failure*.json"))]
+
+
+def move_dependents(ledger: Ledger, slurm: Slurm, key: str) -> None:
+    """Make the jobs that wait for a key wait for its newest submission."""
+    latest = ledger.latest()
+    waiting = [s for s in latest.values() if s.job_ids and any(k == key for k, _ in s.after)]
+    pending = {t.job_id for t in slurm.queue(i for s in waiting for i in s.job_ids) if t.waits}
+    newest = {k: s.job_ids for k, s in latest.items()}
+    for submission in waiting:
+        for job_id in pending.intersection(submission.job_ids):
+            slurm.set_dependency(job_id, dependency_of(submission.after, newest))
+
+
+def _submit_again(
+    run: Run, config: RunConfig, closing: Submission, step: Step, tasks: Tasks, exclude: str
+) -> None:
+    slurm = Slurm()
+    dispatcher = Dispatcher(run, config, max_array_size=slurm.max_array_size())
+    key = f"{step[1]}.{step[2]}"
+    array = ChainJob(key, phase_of(step).kind, (("shards", step[1], step[2]),), (), tasks)
+    steps = closing.steps[closing.steps.index(step) :]
+    collect = ChainJob(closing.key, "cpu", steps, ((key, "afterany"),))
+    again = closing.round + 1
+    submitted = dispatcher.submit(array, {}, repair_round=again, exclude=exclude)
+    dispatcher.submit(collect, {key: submitted.job_ids}, repair_round=again)
+    move_dependents(dispatcher.ledger, slurm, closing.key)
+
+
+def _check_failures(run: Run, failures: Sequence[dict[str, Any]]) -> None:
+    for failure in failures:
+        if failure["exit_code"] in _NOT_WORTH_REPEATING:
+            again = f"Then: medtrain resume {run.root}"
+            fix = f"{failure['fix']} {again}" if failure["fix"] else again
+            raise from_exit_code(failure["exit_code"], failure["message"], fix)
+
+
+def _given_up(
+    run: Run, step: Step, tasks: Tasks, rounds: int, failures: Sequence[dict[str, Any]]
+) -> MedtrainError:
+    last = f"; the last error: {failures[-1]['message']}" if failures else ""
+    message = f"{len(tasks)} tasks of {step[1]} are missing after {rounds} rounds of repair{last}"
+    fix = (
+        f"Look at: medtrain logs {run.root} {step[1]}. When the cause is mended, "
+        f"medtrain resume {run.root} goes on; finished rows are kept."
+    )
+    code = failures[-1]["exit_code"] if failures else TryAgainError.exit_code
+    return from_exit_code(code, message, fix)

@@ -1,0 +1,261 @@
+"""`medtrain submit`, `resume`, `cancel`: a run's chain of jobs, queued once.
+
+stages that are not done → steps → less those that a queued or running job does already → jobs →
+sbatch, each waiting for the one before it. Submitting again queues what is missing and nothing
+else, whoever died in between: the ledger tells what was submitted, Slurm what became of it.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from medtrain.cluster.chain import ChainJob, plan_chain, steps_of
+from medtrain.cluster.dispatch import DEFAULT_MAX_ARRAY_SIZE, Dispatcher, Script
+from medtrain.cluster.ledger import Ledger, Step, Submission
+from medtrain.cluster.repair import missing_tasks, move_dependents
+from medtrain.cluster.slurm import Slurm, SlurmUnreachableError
+from medtrain.config import RunConfig, dump_config, load_config
+from medtrain.console import Console
+from medtrain.endpoint import read_secrets
+from medtrain.errors import ConfigError, DataError, TryAgainError
+from medtrain.files import write_text
+from medtrain.inputs import anchored
+from medtrain.pipeline import Pipeline
+from medtrain.run import Run
+from medtrain.selection import Selection
+from medtrain.stages import Stage, needed_before
+
+_SUBMITTER_DIES_AFTER_S = 120.0
+"""An intent of another machine without a note of job ids is a dead submitter's after this long."""
+_HOW = ("launch", "cluster")
+"""Sections that say how a run is computed, and not what."""
+
+
+@dataclass(frozen=True)
+class Queued:
+    """What a submission came to."""
+
+    submitted: tuple[Submission, ...]
+    held: tuple[str, ...]
+    """Keys of jobs that were queued or running already and do a part of what was asked."""
+
+
+def submit_chain(run: Run, config: RunConfig, console: Console, selection: Selection) -> Queued:
+    """Queue what is neither done nor queued.
+
+    Raises:
+        ConfigError: Slurm refuses a job, a key is missing, or Slurm is not here.
+        DataError: a stage before the chosen ones is not done.
+        TryAgainError: jobs of this run are queued with another configuration.
+        SlurmUnreachableError: Slurm does not answer.
+    """
+    slurm = Slurm()
+    if not slurm.can_submit():
+        raise ConfigError(
+            "This machine has no sbatch",
+            fix="Submit on a login node, or run it here: medtrain run CONFIG [--executor local].",
+        )
+    run = Run(run.root.absolute())
+    chosen = selection.stages()
+    pipeline = Pipeline(run, config, console)
+    pipeline.check_key(chosen, also=read_secrets(config.cluster.secrets_file))
+    run.create()
+    with run.submitting():
+        alive = living(run, slurm)
+        _check_before(pipeline, chosen[0], alive)
+        _check_configuration(run, config, alive)
+        write_text(run.config, dump_config(anchored(config)))
+        _forget_forced(run, pipeline, chosen, selection, alive)
+        return _queue(run, config, slurm, pipeline, chosen, alive)
+
+
+def resume_chain(run: Run, console: Console) -> Queued:
+    """Queue what is missing of a run under the configuration it has; jobs that can never start, and
+    those of the run that Slurm holds, are cancelled first."""
+    slurm = Slurm()
+    stuck = [
+        task.job_id
+        for task in slurm.queue(i for s in Ledger(run).all() for i in s.job_ids)
+        if task.waits and task.reason == "DependencyNeverSatisfied"
+    ]
+    slurm.cancel(stuck)
+    return submit_chain(run, load_config(run.config), console, Selection())
+
+
+def cancel_chain(run: Run, slurm: Slurm | None = None) -> list[Submission]:
+    """Cancel whatever of a run is queued or runs; what is finished is kept.
+
+    Raises:
+        SlurmUnreachableError: Slurm does not answer.
+    """
+    slurm = slurm or Slurm()
+    with run.submitting():
+        alive = living(run, slurm)
+        slurm.cancel(job_id for s in alive for job_id in s.job_ids)
+    return alive
+
+
+def dry_run(
+    run: Run, config: RunConfig, console: Console, selection: Selection
+) -> list[tuple[ChainJob, list[Script]]]:
+    """Every job that would be submitted, with its scripts; nothing is touched."""
+    chosen = selection.stages()
+    pipeline = Pipeline(run, config, console)
+    steps = steps_of(_unfinished(pipeline, chosen), config)
+    dispatcher = Dispatcher(run, config, max_array_size=_max_array_size())
+    return [(job, dispatcher.scripts(job)) for job in plan_chain(steps, config)]
+
+
+def living(run: Run, slurm: Slurm) -> list[Submission]:
+    """The submissions that Slurm has yet to finish; intents of dead submitters are cleared up."""
+    ledger = Ledger(run)
+    for intent in (s for s in ledger.all() if not ledger.was_noted(s)):
+        _settle_intent(run, ledger, slurm, intent)
+    everything = ledger.all()
+    states = slurm.queue(job_id for s in everything for job_id in s.job_ids)
+    going_on = {state.job_id for state in states if not state.ended}
+    return [s for s in everything if going_on.intersection(s.job_ids)]
+
+
+def _settle_intent(run: Run, ledger: Ledger, slurm: Slurm, intent: Submission) -> None:
+    """A submitter died between publishing its intent and writing down the job ids: its job is
+    adopted where it is whole, and cancelled otherwise."""
+    host = intent.made_by.partition(":")[0]
+    age_s = time.time() - datetime.fromisoformat(intent.made_at).timestamp()
+    if host != socket.gethostname() and age_s < _SUBMITTER_DIES_AFTER_S:
+        raise TryAgainError(
+            f"{intent.key} is being submitted by {intent.made_by}", fix="Try again in two minutes."
+        )
+    found = {t.job_id for t in slurm.queue_by_comment(intent.comment) if not t.ended}
+    if len(found) == 1 and _is_whole(run, intent, next(iter(found))):
+        ledger.note(intent, sorted(found), [0])
+        return
+    slurm.cancel(sorted(found))
+    ledger.give_up(intent)
+
+
+def _is_whole(run: Run, intent: Submission, job_id: str) -> bool:
+    """Whether every task of a job finds its arguments."""
+    if intent.steps[0][0] == "train":
+        return True
+    folder = run.job_folder(intent.key, intent.number)
+    count = len(intent.tasks)
+    names = [f"{job_id}_{i}" for i in range(count)] if count > 1 else [job_id]
+    return all((folder / f"{name}_submitted.pkl").exists() for name in names)
+
+
+def _check_before(pipeline: Pipeline, first: Stage, alive: Sequence[Submission]) -> None:
+    queued = {stage for s in alive for stage in s.stages}
+    needed = needed_before(first, pipeline.run, pipeline.config)
+    if not queued.intersection(stage.name for stage in needed):
+        pipeline.check_before(first)
+
+
+def _check_configuration(run: Run, config: RunConfig, alive: Sequence[Submission]) -> None:
+    if not alive or not run.config.exists():
+        return
+    before, now = (_what(c) for c in (load_config(run.config), anchored(config)))
+    if before != now:
+        raise TryAgainError(
+            f"Jobs of {run.root} are queued with another configuration: "
+            f"{', '.join(sorted({s.key for s in alive}))}",
+            fix=f"Cancel them first: medtrain cancel {run.root}",
+        )
+
+
+def _what(config: RunConfig) -> dict[str, Any]:
+    tree = config.model_dump(mode="json")
+    return {section: value for section, value in tree.items() if section not in _HOW}
+
+
+def _forget_forced(
+    run: Run,
+    pipeline: Pipeline,
+    chosen: Sequence[Stage],
+    selection: Selection,
+    alive: Sequence[Submission],
+) -> None:
+    forced = [stage for stage in chosen if stage.name in selection.force]
+    busy = {stage for s in alive for stage in s.stages}.intersection(s.name for s in forced)
+    if busy:
+        raise TryAgainError(
+            f"{', '.join(sorted(busy))} is queued or runs, so it cannot be begun anew",
+            fix=f"Cancel it first: medtrain cancel {run.root}",
+        )
+    if forced:
+        with run.lock():
+            for stage in forced:
+                pipeline.forget(stage)
+
+
+def _unfinished(pipeline: Pipeline, chosen: Sequence[Stage]) -> list[Stage]:
+    """From the first stage that is not done: those after it may have to be made anew, and the jobs
+    find out."""
+    for place, stage in enumerate(chosen):
+        if pipeline.standing(stage).state != "done":
+            return list(chosen[place:])
+    return []
+
+
+def _queue(
+    run: Run,
+    config: RunConfig,
+    slurm: Slurm,
+    pipeline: Pipeline,
+    chosen: Sequence[Stage],
+    alive: Sequence[Submission],
+) -> Queued:
+    steps = steps_of(_unfinished(pipeline, chosen), config)
+    holders = _holders(alive)
+    jobs = plan_chain(steps, config, {s: k for s, k in holders.items() if s in steps})
+    ids: dict[str, Sequence[str]] = {s.key: s.job_ids for s in alive}
+    dispatcher = Dispatcher(run, config, max_array_size=slurm.max_array_size())
+    submitted: list[Submission] = []
+    for job in jobs:
+        done = dispatcher.submit(_only_missing(run, config, pipeline, job), ids)
+        submitted.append(done)
+        ids[done.key] = done.job_ids
+        if any(done.key in dict(s.after) for s in alive):
+            move_dependents(dispatcher.ledger, slurm, done.key)
+    return Queued(tuple(submitted), tuple(dict.fromkeys(holders[s] for s in steps if s in holders)))
+
+
+def _holders(alive: Sequence[Submission]) -> dict[Step, str]:
+    """Which job does a step. Shards whose collect job is queued are its business."""
+    holders = {step: s.key for s in alive for step in s.steps}
+    closed = [step for step in holders if step[0] == "close"]
+    for _, stage, phase in closed:
+        holders.setdefault(("shards", stage, phase), f"{stage}.{phase}")
+    return holders
+
+
+def _only_missing(run: Run, config: RunConfig, pipeline: Pipeline, job: ChainJob) -> ChainJob:
+    """Of an array whose stage was begun under this very configuration, the tasks that are left."""
+    if not job.tasks:
+        return job
+    from dataclasses import replace
+
+    from medtrain.stages import by_name
+
+    stage = by_name(job.steps[0][1])
+    try:
+        begun = pipeline.lineage.started(stage.name) == pipeline.fingerprint(stage).digest
+        if not begun:
+            return job
+        left = missing_tasks(run, config, job.steps[0], patience_s=0.0)
+    except DataError:
+        return job
+    return replace(job, tasks=left or job.tasks[:1])
+
+
+def _max_array_size() -> int:
+    slurm = Slurm()
+    try:
+        return slurm.max_array_size() if slurm.is_available() else DEFAULT_MAX_ARRAY_SIZE
+    except SlurmUnreachableError:
+        return DEFAULT_MAX_ARRAY_SIZE
