@@ -110,6 +110,7 @@ def build_shard(stage: Path, layout: Layout, shard: int, text: str, row_bytes: i
         "plan_id": layout.plan_id,
         "shard": shard,
         "attempt": "1.0.a",
+        "attempts": 1,
         "rows": len(layout.positions(shard)),
         "row_ids_digest": layout.digests[shard],
         "bytes": size,

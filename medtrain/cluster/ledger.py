@@ -27,7 +27,7 @@ Step = tuple[str, str, str]
 """What is done, to which stage, to which phase of it: `("open", "generate", "candidates")`."""
 Condition = Literal["afterok", "afterany"]
 COMMENT_PREFIX = "medtrain:"
-_INTENT = re.compile(r"^(?P<key>[a-z.-]+)\.(?P<number>\d{3,})\.json$")
+_INTENT = re.compile(r"^(?P<key>[a-z][a-z.-]*)\.(?P<number>\d{3,})\.json$")
 
 
 @dataclass(frozen=True, slots=True)

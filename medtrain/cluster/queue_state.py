@@ -236,7 +236,7 @@ _REASONS: tuple[tuple[str, Explanation], ...] = (
     (r"Resources$", Explanation("next in line, until enough nodes are free")),
     (r"DependencyNeverSatisfied", Explanation("the job it waits for failed: never starts", True)),
     (r"Dependency", Explanation("waits for an earlier job")),
-    (r"JobArrayTaskLimit", Explanation("cluster.parallelism tasks of this array run already")),
+    (r"JobArrayTaskLimit", Explanation("as many tasks run as cluster.parallelism allows")),
     (r"BeginTime", Explanation("was requeued a moment ago, or has a set begin time")),
     (r"JobHeldUser", Explanation("held by its owner: scontrol release", True)),
     (r"JobHeldAdmin", Explanation("held by an administrator", True)),

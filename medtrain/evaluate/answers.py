@@ -75,6 +75,7 @@ def answers_of(
         as_row=_as_row,
         key=f"answers.{variant.name}",
         title=f"answer {variant.name}",
+        measured_in=run.generate,
     )
 
 

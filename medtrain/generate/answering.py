@@ -35,6 +35,7 @@ def answer_shards(
     as_row: AsRow,
     key: str,
     title: str,
+    measured_in: Path | None = None,
 ) -> ShardSet:
     """The answers to every example's prompt as a shard set.
 
@@ -49,6 +50,7 @@ def answer_shards(
         as_row: what a line holds.
         key: of the shard set.
         title: of the work, for people.
+        measured_in: shards of an earlier stage that answered, for their seconds.
     """
     sampling = Sampling.of(section)
     prompts = {p.id: p for p in make_prompts(examples, chat, sampling, config.seed)}
@@ -70,6 +72,7 @@ def answer_shards(
         # for again because another one failed.
         batch_size=1 if section.engine == "openai" else section.batch_size,
         num_shards=section.num_shards,
+        measured_in=measured_in,
         release=engine.close,
     )
 
@@ -98,7 +101,14 @@ def _request(prompt: Prompt, section: GenerateConfig | EvaluateConfig) -> Reques
     """
     sent = prompt.messages if section.engine == "openai" else prompt.token_ids
     payload = {"prompt": list(sent), "seeds": list(prompt.seeds) if section.temperature else []}
-    return Request(prompt.id, payload, cost=len(prompt.token_ids) + section.max_new_tokens)
+    length, budget = len(prompt.token_ids), section.max_new_tokens
+    return Request(
+        prompt.id,
+        payload,
+        cost=length + budget,
+        prompt_tokens=length,
+        max_answer_tokens=budget * len(prompt.seeds),
+    )
 
 
 def _settings(

@@ -1,8 +1,8 @@
 """The stage `generate`: several answers to every preference prompt, by the SFT model.
 
 data/preferences_prompts.jsonl + sft/merged → shards → generate/candidates.jsonl: a line a prompt,
-`{"id", "candidates": [{"index", "text", "tokens", "finish"}, …]}`, or `{"id", "error"}`. An empty
-answer is an answer: it is kept, judged and counted.
+`{"id", "candidates": [{"index", "text", "tokens", "finish"}, …], "tokens"}`, or `{"id", "error"}`.
+An empty answer is an answer: it is kept, judged and counted.
 """
 
 from __future__ import annotations
@@ -94,7 +94,10 @@ def count_candidates(run: Run) -> Counts:
 
 
 def _as_row(answers: tuple[Answer, ...]) -> dict[str, Any]:
-    return {"candidates": [{"index": i, **a._asdict()} for i, a in enumerate(answers)]}
+    return {
+        "candidates": [{"index": i, **a._asdict()} for i, a in enumerate(answers)],
+        "tokens": sum(answer.tokens for answer in answers),
+    }
 
 
 def _sft_model(run: Run, config: RunConfig) -> ModelSource:

@@ -77,11 +77,13 @@ class _Attempt:
         self._hashes = plan.hashes(files.shard)
         self._finished: dict[str, Result] = {}
         self._computed: list[str] = []
+        self._attempts = 1
         self._load_seconds = self._seconds = 0.0
 
     def resume(self) -> frozenset[str]:
         """Take over what is finished, give up on rows that killed; returns what goes alone."""
         past = look_back(self._files, self._hashes, me=self._mark)
+        self._attempts += len(past)
         for row, result in finished(past).items():
             if is_final(result):
                 self._take(row, result)
@@ -159,6 +161,7 @@ class _Attempt:
             "plan_id": self._plan.plan_id,
             "shard": shard,
             "attempt": self._mark.attempt,
+            "attempts": self._attempts,
             "rows": count,
             "row_ids_digest": self._plan.digests[shard],
             "bytes": rows.stat().st_size,
@@ -166,8 +169,8 @@ class _Attempt:
             "errors": sum("error" in result for result in results),
             "quarantined": sum(bool(result.get("quarantined")) for result in results),
             "tokens": sum(int(result.get("tokens", 0)) for result in results),
-            "seconds": round(self._seconds, 3),
-            "load_seconds": round(self._load_seconds, 3),
+            "seconds": round(self._seconds, 6),
+            "load_seconds": round(self._load_seconds, 6),
             "computed": self._sums(),
             "gpus": self._mark.gpus,
             "started_at": self._mark.started_at,

@@ -146,7 +146,7 @@ def _checked_lines(plan: Layout, stage: Path, receipts: list[dict[str, Any]]) ->
         files = ShardFiles(stage, shard)
         sizes = _sizes_of_sound_lines(files, plan.digests[shard], receipt)
         if sizes is None:
-            distrust(files)
+            distrust(files, receipt)
             changed.append(shard)
             continue
         start = 0

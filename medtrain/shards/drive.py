@@ -25,6 +25,7 @@ from medtrain.shards.attempt import (
 )
 from medtrain.shards.carry import settle_plan
 from medtrain.shards.collect import Collected, UnsoundShardError, already_collected, collect
+from medtrain.shards.costs import measured_costs
 from medtrain.shards.plan import Plan, make_plan
 from medtrain.shards.shard_set import Phase, ShardSet, ShardSummary, Unit
 
@@ -46,7 +47,7 @@ def collect_only(phase: Phase, console: Console) -> list[ShardSummary]:
     Raises:
         UnsoundShardError: shards are missing or damaged.
     """
-    return [_collect(shard_set, plan_of(shard_set)) for shard_set in phase.sets]
+    return [_collect(shard_set, standing_plan(shard_set)) for shard_set in phase.sets]
 
 
 def open_phase(phase: Phase) -> None:
@@ -61,7 +62,7 @@ def attempt_units(phase: Phase, units: Sequence[Unit], console: Console) -> None
         shard_set = phase.by_key(key)
         if shard_set is None:
             continue
-        plan = plan_of(shard_set)
+        plan = standing_plan(shard_set)
         if shard < len(plan.shards):
             rows = len(plan.positions(shard))
             with _progress(console, f"{shard_set.title}, shard {shard}", rows) as on_row:
@@ -74,7 +75,7 @@ def missing_units(phase: Phase, *, patience_s: float = 0.0) -> list[Unit]:
     while True:
         missing = [
             (shard_set.key, shard)
-            for shard_set, plan in ((s, plan_of(s)) for s in phase.sets)
+            for shard_set, plan in ((s, standing_plan(s)) for s in phase.sets)
             for shard in range(len(plan.shards))
             if receipt_that_holds(plan, shard, ShardFiles(shard_set.directory, shard)) is None
         ]
@@ -83,30 +84,36 @@ def missing_units(phase: Phase, *, patience_s: float = 0.0) -> list[Unit]:
         time.sleep(1.0)
 
 
-def plan_of(shard_set: ShardSet) -> Plan:
-    """The plan that holds for a set: the one on disk, or a new one."""
-    made = make_plan(
+def standing_plan(shard_set: ShardSet) -> Plan:
+    """The plan on disk, however it was laid out; where there is none, this process's own."""
+    return settle_plan(shard_set.directory, _plan(shard_set), adopt=True)
+
+
+def _plan(shard_set: ShardSet) -> Plan:
+    costs = measured_costs(shard_set.measured_in) if shard_set.measured_in else None
+    return make_plan(
         shard_set.requests,
         shard_set.settings,
         batch_size=shard_set.batch_size,
         num_shards=shard_set.num_shards,
+        weights=costs.weights(shard_set.requests) if costs else None,
     )
-    return settle_plan(shard_set.directory, made)
 
 
 def _open(shard_set: ShardSet) -> Plan:
-    plan = plan_of(shard_set)
+    """Settle the plan; whoever starts a stage again wants its failed rows tried again."""
+    plan = settle_plan(shard_set.directory, _plan(shard_set))
     for shard in range(len(plan.shards)):
         files = ShardFiles(shard_set.directory, shard)
         receipt = sound_receipt(plan, shard, files)
-        if receipt is not None and receipt["errors"]:
+        # Rows that killed their processes stay given up on.
+        if receipt is not None and receipt["errors"] > receipt["quarantined"]:
             distrust(files)
     return plan
 
 
 def _bring(shard_set: ShardSet, console: Console) -> ShardSummary:
-    made = make_plan(shard_set.requests, shard_set.settings, batch_size=shard_set.batch_size)
-    before = already_collected(made, shard_set.directory, shard_set.collected)
+    before = already_collected(_plan(shard_set), shard_set.directory, shard_set.collected)
     if before is not None and not before.errors:
         return _summary(before)
     plan = _open(shard_set)

@@ -13,6 +13,7 @@ import base64
 import heapq
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -114,11 +115,6 @@ class Plan(Layout):
     row_hashes: tuple[str, ...]
     """Request hash of each row: its result depends on nothing else."""
 
-    @property
-    def row_ids(self) -> tuple[str, ...]:
-        """In the order of the collected file."""
-        return tuple(request.id for request in self.requests)
-
     def rows(self, shard: int) -> list[Request]:
         """A shard's requests in the order of its result file."""
         return [self.requests[position] for position in self.shards[shard]]
@@ -176,7 +172,7 @@ def make_plan(
     """
     row_ids = [request.id for request in requests]
     if len(set(row_ids)) != len(row_ids):
-        doubled = next(i for i in row_ids if row_ids.count(i) > 1)
+        doubled, _ = Counter(row_ids).most_common(1)[0]
         raise DataError(f"Two rows have the id {doubled!r}", fix="Run `medtrain prepare` again.")
     settings_digest = digest_of(dict(settings))
     row_hashes = tuple(digest_of([settings_digest, r.id, dict(r.payload)])[:32] for r in requests)

@@ -126,9 +126,10 @@ class _Tally:
         ended, started = receipt["ended_at"], receipt["ended_at"] - receipt["seconds"]
         self._add_recent(receipt["computed"]["rows"], started, ended)
         self.gpu_seconds += receipt["gpus"] * (ended - receipt["started_at"])
-        for attempt in files.attempts():
-            if attempt.name != receipt["attempt"]:
-                self._add_attempt(attempt)
+        if receipt["attempts"] > 1:
+            for attempt in files.attempts():
+                if attempt.name != receipt["attempt"]:
+                    self._add_attempt(attempt)
 
     def add_open(self, files: ShardFiles, layout: Layout) -> None:
         """A shard without a receipt: the attempt that is furthest tells how far it is."""

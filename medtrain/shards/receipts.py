@@ -38,26 +38,43 @@ def publish_receipt(layout: Layout, files: ShardFiles, receipt: Mapping[str, Any
 
 
 def sound_receipt(layout: Layout, shard: int, files: ShardFiles) -> dict[str, Any] | None:
-    """The shard's receipt, if it holds (see `receipt_that_holds`); otherwise it is set aside."""
-    receipt = receipt_that_holds(layout, shard, files)
-    if receipt is None:
-        distrust(files)
-    return receipt
+    """The shard's receipt, if it holds (see `receipt_that_holds`); otherwise it is set aside.
+
+    One that is absent is not: somebody may publish it at this moment.
+    """
+    receipt = _read(files)
+    if receipt is None or _holds(receipt, layout, shard, files):
+        return receipt
+    distrust(files)
+    return None
 
 
 def receipt_that_holds(layout: Layout, shard: int, files: ShardFiles) -> dict[str, Any] | None:
     """The shard's receipt, if it belongs to this layout and its file has the promised size."""
+    receipt = _read(files)
+    return receipt if receipt and _holds(receipt, layout, shard, files) else None
+
+
+def _read(files: ShardFiles) -> dict[str, Any] | None:
+    """What stands where the receipt belongs: None if nothing does, empty if it is damaged."""
     try:
-        receipt = read_sealed(files.done)
-        if (
-            receipt["plan_id"] == layout.plan_id
-            and receipt["row_ids_digest"] == layout.digests[shard]
-            and rows_path(files, receipt).stat().st_size == receipt["bytes"]
-        ):
-            return receipt
-    except (FileNotFoundError, DataError, KeyError):
+        return read_sealed(files.done)
+    except FileNotFoundError:
         return None
-    return None
+    except DataError:
+        return {}
+
+
+def _holds(receipt: Mapping[str, Any], layout: Layout, shard: int, files: ShardFiles) -> bool:
+    if (receipt.get("plan_id"), receipt.get("row_ids_digest")) != (
+        layout.plan_id,
+        layout.digests[shard],
+    ):
+        return False
+    try:
+        return bool(rows_path(files, receipt).stat().st_size == receipt["bytes"])
+    except FileNotFoundError:
+        return False
 
 
 def rows_path(files: ShardFiles, receipt: Mapping[str, Any]) -> Path:
@@ -65,7 +82,13 @@ def rows_path(files: ShardFiles, receipt: Mapping[str, Any]) -> Path:
     return files.attempt(receipt["attempt"]).rows
 
 
-def distrust(files: ShardFiles) -> None:
-    """Set a shard's receipt aside: its file does not hold what the receipt says."""
+def distrust(files: ShardFiles, judged: Mapping[str, Any] | None = None) -> None:
+    """Set a shard's receipt aside: its file does not hold what the receipt says.
+
+    `judged` is the receipt that was found wanting, where finding out took long: another one that
+    was published meanwhile stays.
+    """
+    if judged is not None and _read(files) != judged:
+        return
     with suppress(FileNotFoundError):
         files.done.rename(files.root / f"{files.done.name}.unsound-{uuid.uuid4().hex[:8]}")

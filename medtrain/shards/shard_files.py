@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -66,7 +66,7 @@ class AttemptFiles:
 
     def end_mark(self) -> Path | None:
         """The heartbeat of an attempt that has ended; None where it works still, or died."""
-        return next(self.root.glob("ended-*"), None)
+        return next((path for path in self.root.iterdir() if path.name.startswith("ended-")), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +75,12 @@ class ShardFiles:
 
     stage: Path
     shard: int
+    root: Path = field(init=False)
+    """The shard's directory."""
 
-    @property
-    def root(self) -> Path:
-        """The shard's directory."""
-        return shards_root(self.stage) / f"{self.shard:05d}"
+    def __post_init__(self) -> None:
+        # Made once: with thousands of shards, joining paths is what a look at progress costs.
+        object.__setattr__(self, "root", self.stage / f"shards/{self.shard:05d}")
 
     @property
     def done(self) -> Path:

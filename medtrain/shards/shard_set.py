@@ -49,6 +49,9 @@ class ShardSet:
     """Rows that are computed together; part of no row's identity."""
     num_shards: int = 1
     """Pieces the batches are dealt out to; changes no byte of the result."""
+    measured_in: Path | None = None
+    """Directory of an earlier shard set of the same kind of work, whose measured seconds tell how
+    long these rows will take."""
     release: Callable[[], None] = field(default=_nothing)
     """Gives back what `work` holds; called when no more of its shards are computed here. A set may
     leave it to a later one that uses the same model."""

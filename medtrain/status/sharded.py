@@ -38,7 +38,7 @@ def sharded_progress(run: Run, config: RunConfig, stage: Stage, status: StageSta
     status = replace(
         status,
         amount=_amount(sets),
-        parts=tuple(amounts) if len(phases) > 1 else (),
+        parts=tuple(amounts) if len(amounts) > 1 else (),
         shards=_shards(sets),
         errors=sum(found.errors for found in sets),
         quarantined=sum(found.quarantined for found in sets),

@@ -49,7 +49,7 @@ class StatusTable:
         for (about, _), line in zip(rows, lines[1:], strict=True):
             yield from _line(line)
             if about is not None and (said := _remark(about, wide)):
-                yield Padding(Text(said, style="dim"), (0, 0, 0, 4))
+                yield Padding(Text(said, style="dim"), (0, 0, 0, 4), expand=False)
         yield Text()
         yield from self._below()
 
@@ -63,7 +63,7 @@ class StatusTable:
         for problem in advice.problems:
             yield Text.assemble((f"{problem.stage}  ", "bold red"), problem.message)
             if problem.fix:
-                yield Padding(Text.assemble(("fix  ", "bold green"), problem.fix), (0, 0, 0, 2))
+                yield Padding(Text.assemble(("fix  ", "bold green"), problem.fix), (0, 0, 0, 2), expand=False)
 
 
 def _line(segments: list[Segment]) -> RenderResult:
@@ -139,10 +139,9 @@ def _remark(stage: StageStatus, wide: bool) -> str:
         said.append(stage.note)
     if stage.shards and not wide:
         said.append(words.shards(stage.shards))
-    if jobs and jobs.waiting and jobs.reason:
-        some = f"{jobs.waiting:,} wait" if jobs.waiting > 1 else "waits"
+    if jobs and jobs.waiting and jobs.reason not in ("", "Dependency"):
         start = f", from about {words.moment(jobs.starts_at)}" if jobs.starts_at else ""
-        said.append(f"{some}: {jobs.sentence} ({jobs.reason}){start}")
+        said.append(f"waiting: {jobs.sentence} ({jobs.reason}){start}")
     if jobs and jobs.requeues:
         said.append(f"requeued {'once' if jobs.requeues == 1 else f'{jobs.requeues} times'}")
     if stage.errors:

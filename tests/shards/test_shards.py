@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medtrain.errors import DataError
+from medtrain.files import json_line
 from medtrain.shards import Request, make_plan, shard_progress
 
+from .processes import start
 from .sets import Rows, bring, refuse, requests, run, square
 
 
@@ -131,31 +132,54 @@ def test_interrupted_work_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert set(again) | set(seen) == {r.id for r in requests(30)}
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from shards.sets import requests, square, run
-def slow(batches):
-    for row in square(batches):
-        time.sleep(0.01)
-        yield row
-run(Path({directory!r}), requests(60), slow, num_shards=3, batch_size=4)
-"""
-
-
 def test_sigkill_at_random_moments(tmp_path: Path) -> None:
-    expected = run(tmp_path / "whole", requests(60), num_shards=3, batch_size=4)
+    layout = {"num_shards": 3, "batch_size": 4}
+    expected = run(tmp_path / "whole", requests(60), **layout)
     cut, chance = tmp_path / "cut", random.Random(5)
-    code = KILLED.format(tests=str(Path(__file__).parents[1]), directory=str(cut))
     for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", code])
+        process = start(cut, 60, row_s=0.01, **layout)
         while not list(cut.glob("shards/*/*/journal.jsonl")) and process.poll() is None:
             time.sleep(0.01)
         time.sleep(chance.uniform(0.0, 0.3))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    assert run(cut, requests(60), num_shards=3, batch_size=4) == expected
+    assert run(cut, requests(60), **layout) == expected
+
+
+def test_several_writers_of_one_shard(tmp_path: Path) -> None:
+    expected = run(tmp_path / "whole", requests(30), batch_size=4)
+    together = tmp_path / "together"
+    processes = [start(together, 30, row_s=0.01, batch_size=4) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert (together / "collected.jsonl").read_bytes() == expected
+    assert len(list(together.glob("shards/*/done.json*"))) == 1
+
+
+def test_a_killed_writer_beside_a_living_one_harms_nothing(tmp_path: Path) -> None:
+    expected = run(tmp_path / "whole", requests(30))
+    together = tmp_path / "together"
+    lives, dies = start(together, 30, row_s=0.02), start(together, 30, row_s=0.02)
+    while len(list(together.glob("shards/*/*/journal.jsonl"))) < 2:
+        time.sleep(0.01)
+    os.kill(dies.pid, signal.SIGKILL)
+    dies.wait()
+    assert lives.wait() == 0
+    assert (together / "collected.jsonl").read_bytes() == expected
+
+
+def damage(victim: Path, how: str, share: float) -> None:
+    content = victim.read_bytes()
+    at = int(len(content) * share)
+    if how == "delete":
+        victim.unlink()
+    elif how == "truncate":
+        victim.write_bytes(content[:at])
+    elif content:
+        victim.write_bytes(content[:at] + bytes([content[at] ^ 0x15]) + content[at + 1 :])
+
+
+HOW = st.sampled_from(["delete", "truncate", "flip"])
+SHARE = st.floats(0, 1, exclude_max=True)
 
 
 @given(data=st.data())
@@ -164,21 +188,50 @@ def test_damage_to_any_file_is_mended(data: st.DataObject, tmp_path_factory: Any
     directory = tmp_path_factory.mktemp("damage")
     expected = run(directory, requests(20), num_shards=2, batch_size=3)
     (directory / "collected.jsonl").unlink()
-    files = sorted(p for p in directory.rglob("*.json*") if p.is_file())
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
     numbers = st.lists(st.integers(0, len(files) - 1), min_size=1, max_size=3, unique=True)
     for victim in [files[number] for number in data.draw(numbers)]:
-        how = data.draw(st.sampled_from(["delete", "truncate", "flip", "empty"]))
-        content = victim.read_bytes()
-        at = len(content) * data.draw(st.integers(0, 999)) // 1000
-        if how == "delete":
-            victim.unlink()
-        elif how == "truncate":
-            victim.write_bytes(content[:at])
-        elif how == "flip":
-            victim.write_bytes(content[:at] + bytes([content[at] ^ 0x15]) + content[at + 1 :])
-        else:
-            victim.write_bytes(b"")
+        damage(victim, data.draw(HOW), data.draw(SHARE))
     assert run(directory, requests(20), num_shards=2, batch_size=3) == expected
+
+
+def stops_at(number: int, error: type[BaseException]) -> Any:
+    """Work that ends at its n-th row, whatever happens to have been asked for."""
+
+    def work(batches: list[list[Request]]) -> Rows:
+        for done, pair in enumerate(square(batches)):
+            if done == number:
+                raise error
+            yield pair
+
+    return work
+
+
+EVENTS = st.one_of(
+    st.tuples(st.just("stop"), st.integers(0, 9), st.sampled_from([KeyboardInterrupt, OSError])),
+    st.tuples(st.just("damage"), st.integers(0, 10**6), HOW, SHARE),
+)
+LAYOUTS = st.tuples(st.integers(1, 8), st.sampled_from([1, 3]))
+
+
+@given(st.lists(st.tuples(LAYOUTS, EVENTS), max_size=8), LAYOUTS)
+@settings(max_examples=60, deadline=None)
+def test_any_history_ends_in_the_same_bytes(
+    tmp_path_factory: Any, history: list[Any], last: tuple[int, int]
+) -> None:
+    directory = tmp_path_factory.mktemp("history")
+    for (num_shards, batch_size), (event, *details) in history:
+        if event == "stop":
+            with suppress(KeyboardInterrupt, OSError):
+                work = stops_at(*details)
+                run(directory, requests(20), work, num_shards=num_shards, batch_size=batch_size)
+        elif files := sorted(p for p in directory.rglob("*") if p.is_file()):
+            number, how, share = details
+            damage(files[number % len(files)], how, share)
+    expected = b"".join(
+        json_line({"id": row_id, **result}) for row_id, result in square([requests(20)])
+    )
+    assert run(directory, requests(20), num_shards=last[0], batch_size=last[1]) == expected
 
 
 def test_failed_rows_are_tried_again_and_others_are_not(tmp_path: Path) -> None:
