@@ -164,7 +164,7 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=2))
     else:
-        console.show(report)
+        report.show(console)
     raise typer.Exit(report.exit_code)
 
 

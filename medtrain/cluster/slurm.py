@@ -1,4 +1,5 @@
-"""The only module that runs Slurm's commands (submitting is submitit's business).
+"""The questions that a run's jobs raise, put to Slurm (submitting is submitit's business, and the
+doctor has questions of its own).
 
 squeue --states=all → what waits, runs, and has ended in the last minutes (slurmctld's memory)
 sacct -D            → every incarnation of every job, where the site keeps accounts

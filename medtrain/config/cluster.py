@@ -91,8 +91,8 @@ class ClusterConfig(Resources):
     hf_home: str | None = None
     """Hub cache that login and compute nodes share; null keeps HF_HOME."""
     secrets_file: str | None = None
-    """A file of NAME=value lines that only its owner may read (0600); jobs read it, and nothing
-    else does."""
+    """A file of NAME=value lines that only its owner may read (0600); whoever computes reads it when
+    it starts."""
 
     @field_validator("environment")
     @classmethod

@@ -27,7 +27,7 @@ def config_of(*, shards: int = 3, **sections: dict[str, object]) -> RunConfig:
     return parse_config({"name": "r", **tree})
 
 
-JUDGED = {"rubric": True, "pairwise": True}
+JUDGED = {"rubric": True, "rating": False, "pairwise": True}
 CONFIGS = st.builds(
     config_of,
     shards=st.integers(1, 9),

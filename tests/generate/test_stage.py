@@ -49,7 +49,7 @@ def test_every_prompt_gets_its_candidates_in_order(undisturbed: bytes) -> None:
     rows = [json.loads(line) for line in undisturbed.splitlines()]
     assert [row["id"] for row in rows] == [f"{i:016x}" for i in range(PROMPTS)]
     for row in rows:
-        assert set(row) == {"id", "candidates"}
+        assert set(row) == {"id", "candidates", "tokens"}
         assert [c["index"] for c in row["candidates"]] == [0, 1]
         for candidate in row["candidates"]:
             assert set(candidate) == {"index", "text", "tokens", "finish"}
