@@ -195,11 +195,16 @@ def _run_stages(
     workers: int | None = None,
 ) -> None:
     from medtrain.console import Console, quiet_libraries
+    from medtrain.launcher import IN_JOB_VARIABLE
     from medtrain.pipeline import run_stages
 
     loaded, a_run = load(config, overrides)
     selection.stages()
     quiet_libraries()
+    if a_run.submissions.is_dir() and not os.environ.get(IN_JOB_VARIABLE):
+        from medtrain.cluster.submit import refuse_while_queued
+
+        refuse_while_queued(a_run)
     console = Console(a_run.log)
     if workers is None:
         run_stages(a_run, loaded, console, selection)

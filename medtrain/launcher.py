@@ -28,6 +28,8 @@ from medtrain.run import Run
 
 # Of one process, accelerate sets no rank.
 _LAUNCHED = ("LOCAL_RANK", "RANK", "ACCELERATE_MIXED_PRECISION")
+IN_JOB_VARIABLE = "MEDTRAIN_IN_JOB"
+"""Set where a job of the run has started this process, so that the run's jobs are no strangers."""
 _STOP_WAIT_S = 30.0
 _FIRST_PORT, _PORTS = 20_000, 10_000
 

@@ -20,6 +20,7 @@ from medtrain.cluster.slurm import Slurm, SlurmUnreachableError
 from medtrain.cluster.stage_jobs import SILENT_AFTER_S, StageJobs
 from medtrain.config import RunConfig
 from medtrain.run import Run
+from medtrain.stages import STAGES
 from medtrain.status import GpuTime, RunStatus, StageStatus, run_status
 
 HISTORY_EVERY_S = 30.0
@@ -61,11 +62,13 @@ class Board:
             return run_status(self.run, self.config)
         slurm = self._ask(submissions)
         finished: set[str] = set()
+        names = [stage.name for stage in STAGES]
 
         def overlay(status: StageStatus) -> StageStatus:
+            is_next = finished.issuperset(names[: names.index(status.name)])
             if status.state == "done":
                 finished.add(status.name)
-            return self._overlaid(status, finished, asked=slurm == "answers")
+            return self._overlaid(status, finished, asked=slurm == "answers", is_next=is_next)
 
         status = run_status(self.run, self.config, overlay)
         since = self._silent_since if slurm == "silent" else None
@@ -106,7 +109,9 @@ class Board:
             self._history_at = time.monotonic()
         return Answer(tuple(submissions), tuple(tasks), history)
 
-    def _overlaid(self, status: StageStatus, finished: set[str], asked: bool) -> StageStatus:
+    def _overlaid(
+        self, status: StageStatus, finished: set[str], *, asked: bool, is_next: bool
+    ) -> StageStatus:
         answer = self._answer
         jobs = StageJobs.of(status.name, answer.submissions, answer.tasks, answer.history, finished)
         status = self._with_gpu_time(status, jobs)
@@ -117,7 +122,7 @@ class Board:
         status = replace(
             status,
             jobs=jobs.facts(),
-            state=jobs.state(status.state, asked or bool(answer.tasks)),
+            state=jobs.state(status.state, known=asked or bool(answer.tasks), is_next=is_next),
             shards=jobs.shards(status.shards, self.run),
             silent=jobs.silent(status.attempts, self.run),
         )

@@ -40,6 +40,8 @@ def show_dry_run(
             if script.command:
                 print(f"# {shlex.join(script.command)}")
             print(script.text.rstrip() + "\n")
+            if script.sourced:
+                print(f"##### {job.key}{part}: MEDTRAIN_JOB_SETUP\n{script.sourced}")
     console.show(chain_table([job for job, _ in jobs], config))
 
 

@@ -8,7 +8,6 @@ training goes through slurm/train.sbatch, which a person can submit as well.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from medtrain.cluster.ledger import Condition, Ledger, Submission
 from medtrain.cluster.sbatch import flags, sbatch, train_script
 from medtrain.cluster.site import (
     Options,
+    batch_python,
     job_python,
     sbatch_options,
     setup_lines,
@@ -42,6 +42,8 @@ class Script:
     """sbatch and its arguments; empty where submitit calls it."""
     text: str
     """The batch script."""
+    sourced: str = ""
+    """What the batch script sources: the setup lines of a training job."""
 
 
 class Dispatcher:
@@ -117,7 +119,7 @@ class Dispatcher:
         folder.mkdir(parents=True)
         if job.trains:
             script = self._train_script(job, intent, options)
-            write_text(folder / "setup.sh", "\n".join(setup_lines(self.config)) + "\n")
+            write_text(folder / "setup.sh", script.sourced)
             return [sbatch(script.command, self._train_environment(folder))], [0]
         from medtrain.cluster.tasks import ChainTask, ShardTask
 
@@ -173,12 +175,13 @@ class Dispatcher:
         }
         stage = job.steps[0][1]
         command = ["sbatch", "--parsable", *flags(given), str(script), stage, str(self.run.root)]
-        return Script(tuple(command), script.read_text(encoding="utf-8"))
+        sourced = "\n".join(setup_lines(self.config)) + "\n"
+        return Script(tuple(command), script.read_text(encoding="utf-8"), sourced)
 
     def _train_environment(self, folder: Path) -> dict[str, str]:
         return {
             "MEDTRAIN_JOB_SETUP": str(folder / "setup.sh"),
-            "MEDTRAIN_PYTHON": self.config.cluster.python or sys.executable,
+            "MEDTRAIN_PYTHON": batch_python(self.config),
         }
 
 

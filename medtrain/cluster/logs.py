@@ -26,7 +26,7 @@ from medtrain.stages import STAGES
 
 _LOG_SUFFIXES = {".log", ".out", ".err"}
 _MOST_FILES = 8
-"""Shown of an array, unless all are followed."""
+"""Of an array, whose last lines are shown; all are followed."""
 _POLL_S = 0.5
 _FILES_EVERY_S = 3.0
 _BLOCK = 1 << 16
@@ -36,7 +36,7 @@ _MOST_BYTES = 1 << 22
 # CSI and OSC sequences whole, so that no `[31m` stays behind; then every other control character.
 _SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-_]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-_SUBMITIT = re.compile(r"^(?P<job>\d+)(?:_(?P<task>\d+))?(?:_(?P<rank>\d+))?_log$")
+_SUBMITIT = re.compile(r"^(?P<job>\d+)(?:_(?P<task>\d+))?_\d+_log$")
 _PLAIN = re.compile(r"^(?P<job>\d+)(?:_(?P<task>\d+))?$")
 
 
@@ -61,13 +61,13 @@ def show_logs(run: Run, stage: str | None, *, follow: bool, lines: int, console:
             fix=f"medtrain logs {run.root} -f waits for one; medtrain status {run.root} says what "
             "runs.",
         )
-    shown = found if follow else found[:_MOST_FILES]
+    shown = found[:_MOST_FILES]
     printer = _Printer(console, run)
     # The most important last, where a terminal ends.
     for path in reversed(shown):
         printer.show(path, last_lines(path, lines), many=len(found) > 1)
     if len(found) > len(shown):
-        console.show(Text(f"{len(found) - len(shown)} more logs in {found[0].parent}", "dim"))
+        console.show(Text(f"{len(found) - len(shown)} more logs in {shown[-1].parent}", "dim"))
     if follow:
         with suppress(KeyboardInterrupt):
             _follow(run, stage, found, printer)

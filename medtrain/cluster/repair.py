@@ -27,7 +27,7 @@ from medtrain.errors import (
 )
 from medtrain.files import read_json
 from medtrain.run import Run
-from medtrain.shards import Unit, missing_units
+from medtrain.shards import Unit, missing_units, take_for_dead
 
 Tasks = tuple[tuple[Unit, ...], ...]
 _NOT_WORTH_REPEATING = (ConfigError.exit_code, DataError.exit_code)
@@ -49,7 +49,7 @@ def repair(run: Run, config: RunConfig, console: Console, closing: Submission, s
         MedtrainError: a shard failed for a reason that stays; with its exit code.
         TryAgainError: there were rounds enough, or this node may not submit jobs.
     """
-    tasks = missing_tasks(run, config, step)
+    tasks = missing_tasks(run, config, step, jobs_are_over=True)
     failures = failures_of(run, f"{step[1]}.{step[2]}")
     _check_failures(run, failures)
     if closing.round >= config.cluster.repair_rounds:
@@ -75,12 +75,28 @@ def repair(run: Run, config: RunConfig, console: Console, closing: Submission, s
 
 
 def missing_tasks(
-    run: Run, config: RunConfig, step: Step, *, patience_s: float = PATIENCE_S
+    run: Run,
+    config: RunConfig,
+    step: Step,
+    *,
+    patience_s: float = PATIENCE_S,
+    jobs_are_over: bool = False,
 ) -> Tasks:
-    """The tasks of a phase that have a shard without a sound receipt."""
+    """The tasks of a phase that have a shard without a sound receipt.
+
+    Args:
+        run: the run.
+        config: its configuration.
+        step: of the phase.
+        patience_s: how long to look for receipts that seem to be absent.
+        jobs_are_over: Slurm says that no job computes the phase any more, so that attempts without
+            an end have died.
+    """
     row = phase_of(step)
     with row.open(run, config) as phase:
         missing = set(missing_units(phase, patience_s=patience_s))
+        if jobs_are_over:
+            take_for_dead(phase, missing)
     grouped = {unit for task in row.tasks(config) for unit in task}
     tasks = [tuple(u for u in task if u in missing) for task in row.tasks(config)]
     # A plan that was laid out for more shards than the configuration now names.

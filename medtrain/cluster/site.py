@@ -108,3 +108,10 @@ def job_python(config: RunConfig) -> str:
     """How a job starts Python, as a shell words."""
     python = shlex.quote(config.cluster.python or sys.executable)
     return f"{config.cluster.container} {python}" if config.cluster.container else python
+
+
+def batch_python(config: RunConfig) -> str:
+    """The python of a training job's batch step, which calls srun: outside of any container."""
+    cluster = config.cluster
+    contained = cluster.container or any(a.startswith("--container-") for a in cluster.srun)
+    return sys.executable if contained or cluster.python is None else cluster.python

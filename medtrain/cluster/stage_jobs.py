@@ -101,16 +101,19 @@ class StageJobs:
             sentence=explained.sentence if explained else "",
             needs_person=stuck is not None,
             starts_at=first.starts_at if first else None,
+            elapsed_s=max((task.elapsed_s for _, task in self.running), default=0),
             requeues=self.requeues,
+            repair_round=max(s.round for s in self.submissions),
             ended=_said_of(self.failed),
         )
 
-    def state(self, by_files: State, known: bool) -> State:
+    def state(self, by_files: State, *, known: bool, is_next: bool) -> State:
         """The state of an unfinished stage.
 
         Args:
             by_files: what its files say.
             known: whether Slurm has said anything of its jobs, now or earlier.
+            is_next: whether everything before it is done; if not, it could but fail.
         """
         if self.running or by_files == "running":
             return "running"
@@ -120,9 +123,8 @@ class StageJobs:
             # No news of Slurm: nobody can say that a stage that has begun does not go on.
             return "begun" if by_files == "stopped" else by_files
         # What was cancelled was stopped by a person, or because an earlier job had failed.
-        if by_files in ("stopped", "missing") and any(e.state != "CANCELLED" for e in self.failed):
-            return "failed"
-        return by_files
+        failed = is_next and any(ending.state != "CANCELLED" for ending in self.failed)
+        return "failed" if failed and by_files in ("stopped", "missing") else by_files
 
     def shards(self, planned: Shards | None, run: Run) -> Shards | None:
         """The shards by files, with those that are in the queue, and those that were given up."""

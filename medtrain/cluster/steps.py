@@ -13,8 +13,10 @@ from __future__ import annotations
 from medtrain.cluster.chain import is_last_phase, phase_of
 from medtrain.cluster.ledger import Step, Submission
 from medtrain.cluster.repair import repair
+from medtrain.cluster.standing import step_mark, was_opened
 from medtrain.config import RunConfig
 from medtrain.console import Console
+from medtrain.errors import TryAgainError
 from medtrain.pipeline import Pipeline
 from medtrain.run import Run
 from medtrain.shards import UnsoundShardError, collect_only, open_phase
@@ -31,9 +33,16 @@ def run_steps(run: Run, config: RunConfig, console: Console, submission: Submiss
         MedtrainError: a step failed; those before it stand.
     """
     with run.lock(wait_s=LOCK_WAIT_S):
-        for step in submission.steps:
+        for number, step in enumerate(submission.steps):
+            if step[0] == "close" and not was_opened(run, step):
+                raise TryAgainError(
+                    f"{step[2]} of {step[1]} were never begun: a job before this one failed or was "
+                    "cancelled",
+                    fix=f"medtrain resume {run.root}",
+                )
             try:
                 run_step(run, config, console, step)
+                step_mark(run, submission, number).touch()
             except UnsoundShardError as error:
                 if step[0] != "close":
                     raise

@@ -19,6 +19,7 @@ from medtrain.cluster.dispatch import DEFAULT_MAX_ARRAY_SIZE, Dispatcher, Script
 from medtrain.cluster.ledger import Ledger, Step, Submission
 from medtrain.cluster.repair import missing_tasks, move_dependents
 from medtrain.cluster.slurm import Slurm, SlurmUnreachableError
+from medtrain.cluster.standing import done_steps, doomed
 from medtrain.config import RunConfig, dump_config, load_config
 from medtrain.console import Console
 from medtrain.endpoint import read_secrets
@@ -66,7 +67,10 @@ def submit_chain(run: Run, config: RunConfig, console: Console, selection: Selec
     pipeline.check_key(chosen, also=read_secrets(config.cluster.secrets_file))
     run.create()
     with run.submitting():
-        alive = living(run, slurm)
+        alive = _without_doomed(pipeline, slurm, living(run, slurm))
+        if not alive:
+            with run.lock():
+                pass  # whoever computes here would hold up the jobs
         _check_before(pipeline, chosen[0], alive)
         _check_configuration(run, config, alive)
         write_text(run.config, dump_config(anchored(config)))
@@ -75,15 +79,7 @@ def submit_chain(run: Run, config: RunConfig, console: Console, selection: Selec
 
 
 def resume_chain(run: Run, console: Console) -> Queued:
-    """Queue what is missing of a run under the configuration it has; jobs that can never start, and
-    those of the run that Slurm holds, are cancelled first."""
-    slurm = Slurm()
-    stuck = [
-        task.job_id
-        for task in slurm.queue(i for s in Ledger(run).all() for i in s.job_ids)
-        if task.waits and task.reason == "DependencyNeverSatisfied"
-    ]
-    slurm.cancel(stuck)
+    """Queue what is missing of a run under the configuration it has."""
     return submit_chain(run, load_config(run.config), console, Selection())
 
 
@@ -98,6 +94,25 @@ def cancel_chain(run: Run, slurm: Slurm | None = None) -> list[Submission]:
         alive = living(run, slurm)
         slurm.cancel(job_id for s in alive for job_id in s.job_ids)
     return alive
+
+
+def refuse_while_queued(run: Run) -> None:
+    """Keep a process of this machine off a run that jobs work on.
+
+    Raises:
+        TryAgainError: jobs of the run are queued or run.
+        SlurmUnreachableError: Slurm does not answer.
+    """
+    slurm = Slurm()
+    if not run.submissions.is_dir() or not slurm.is_available():
+        return
+    states = slurm.queue(job_id for s in Ledger(run).all() for job_id in s.job_ids)
+    if any(not state.ended for state in states):
+        raise TryAgainError(
+            f"Jobs of {run.root} are queued or run",
+            fix=f"See them: medtrain watch {run.root}. Or cancel them first: "
+            f"medtrain cancel {run.root}",
+        )
 
 
 def dry_run(
@@ -120,6 +135,15 @@ def living(run: Run, slurm: Slurm) -> list[Submission]:
     states = slurm.queue(job_id for s in everything for job_id in s.job_ids)
     going_on = {state.job_id for state in states if not state.ended}
     return [s for s in everything if going_on.intersection(s.job_ids)]
+
+
+def _without_doomed(
+    pipeline: Pipeline, slurm: Slurm, alive: Sequence[Submission]
+) -> list[Submission]:
+    """The jobs to count on; those that wait for something that will not come are cancelled."""
+    lost = doomed(pipeline, alive)
+    slurm.cancel(job_id for s in lost for job_id in s.job_ids)
+    return [submission for submission in alive if submission not in lost]
 
 
 def _settle_intent(run: Run, ledger: Ledger, slurm: Slurm, intent: Submission) -> None:
@@ -211,17 +235,21 @@ def _queue(
     alive: Sequence[Submission],
 ) -> Queued:
     steps = steps_of(_unfinished(pipeline, chosen), config)
+    if alive:
+        # Else they are done again, which costs a look: what they made may be gone.
+        done = done_steps(run)
+        steps = [step for step in steps if step not in done]
     holders = _holders(alive)
     jobs = plan_chain(steps, config, {s: k for s, k in holders.items() if s in steps})
     ids: dict[str, Sequence[str]] = {s.key: s.job_ids for s in alive}
     dispatcher = Dispatcher(run, config, max_array_size=slurm.max_array_size())
     submitted: list[Submission] = []
     for job in jobs:
-        done = dispatcher.submit(_only_missing(run, config, pipeline, job), ids)
-        submitted.append(done)
-        ids[done.key] = done.job_ids
-        if any(done.key in dict(s.after) for s in alive):
-            move_dependents(dispatcher.ledger, slurm, done.key)
+        queued = dispatcher.submit(_only_missing(run, config, pipeline, job), ids)
+        submitted.append(queued)
+        ids[queued.key] = queued.job_ids
+        if any(queued.key in dict(s.after) for s in alive):
+            move_dependents(dispatcher.ledger, slurm, queued.key)
     return Queued(tuple(submitted), tuple(dict.fromkeys(holders[s] for s in steps if s in holders)))
 
 

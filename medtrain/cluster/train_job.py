@@ -8,6 +8,7 @@ training that itself ends with 75.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from types import FrameType
 from medtrain.cluster.requeue import requeue
 from medtrain.config import RunConfig
 from medtrain.errors import MedtrainError, TryAgainError, from_exit_code
+from medtrain.launcher import IN_JOB_VARIABLE
 from medtrain.lineage import Lineage
 from medtrain.run import Run
 
@@ -42,7 +44,8 @@ def train_job(run: Run, config: RunConfig, stage: str, arguments: Sequence[str])
             queued again.
     """
     Lineage(run).forget_failure(stage)
-    step = subprocess.Popen(srun_command(config, [stage, *arguments]))
+    environment = {**os.environ, IN_JOB_VARIABLE: "1"}
+    step = subprocess.Popen(srun_command(config, [stage, *arguments]), env=environment)
     code = _wait(step)
     if code is None:
         requeue(config.cluster.max_requeues)
@@ -71,7 +74,7 @@ def srun_command(config: RunConfig, arguments: Sequence[str]) -> list[str]:
                f"--ntasks={nodes}", "--ntasks-per-node=1"]  # fmt: skip
     # srun does not take over the batch job's cores by itself.
     command += [f"--cpus-per-task={cores}"] if cores else []
-    command += [*cluster.srun, *(cluster.container or "").split()]
+    command += [*cluster.srun, *shlex.split(cluster.container or "")]
     return [*command, cluster.python or sys.executable, "-m", "medtrain", *arguments]
 
 

@@ -87,6 +87,11 @@ def read_answers(run: Run, config: RunConfig, console: Console, variant: Variant
         DataError: no question fits the model's context.
     """
     collected = run.answers(variant.name)
+    if not collected.exists():
+        raise DataError(
+            f"The answers of {variant.name} are not collected yet",
+            fix=f"Collect them: medtrain collect {run.root} evaluate",
+        )
     rows = {row.pop("id"): row for row in read_jsonl(collected)}
     answers = VariantAnswers(variant.name, variant.shown_as, rows)
     if not answers.texts:

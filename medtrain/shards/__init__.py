@@ -12,6 +12,7 @@ from medtrain.shards.drive import (
     missing_units,
     open_phase,
     run_here,
+    take_for_dead,
 )
 from medtrain.shards.plan import Plan, Request, make_plan
 from medtrain.shards.progress import Progress, shard_progress
@@ -36,4 +37,5 @@ __all__ = [
     "open_phase",
     "run_here",
     "shard_progress",
+    "take_for_dead",
 ]

@@ -5,14 +5,16 @@ attempt_units  one attempt at each of some shards: what a task does
 run_here       open, attempt everything, collect; a shard whose file turns out to be damaged is
                computed again from its journals, once
 missing_units  what a repair has to compute
+take_for_dead  who knows that the jobs of some shards are over says so
 collect_only   collect what is there, or say what is missing
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from medtrain.console import Console
 from medtrain.shards.attempt import (
@@ -82,6 +84,17 @@ def missing_units(phase: Phase, *, patience_s: float = 0.0) -> list[Unit]:
         if not missing or time.monotonic() > deadline:
             return missing
         time.sleep(1.0)
+
+
+def take_for_dead(phase: Phase, units: Iterable[Unit]) -> None:
+    """Have attempts that never said how they ended count as dead, and not only when a minute has
+    passed without a sign of life. One that lives all the same gives its next sign soon."""
+    for key, shard in units:
+        shard_set = phase.by_key(key)
+        attempts = ShardFiles(shard_set.directory, shard).attempts() if shard_set else ()
+        for attempt in attempts:
+            with suppress(FileNotFoundError):
+                os.utime(attempt.heartbeat, (0, 0))
 
 
 def standing_plan(shard_set: ShardSet) -> Plan:

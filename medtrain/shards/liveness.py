@@ -161,7 +161,9 @@ class Heartbeat:
             ended = "failed"
         with suppress(OSError):
             self._write()
-        self._files.heartbeat.rename(self._files.ended(ended))
+        # The stage may have been laid out anew meanwhile: then this attempt's directory is gone.
+        with suppress(FileNotFoundError):
+            self._files.heartbeat.rename(self._files.ended(ended))
 
     def _run(self) -> None:
         while not self._over.wait(BEAT_EVERY_S):

@@ -66,7 +66,9 @@ class AttemptFiles:
 
     def end_mark(self) -> Path | None:
         """The heartbeat of an attempt that has ended; None where it works still, or died."""
-        return next((path for path in self.root.iterdir() if path.name.startswith("ended-")), None)
+        with suppress(FileNotFoundError):
+            return next((p for p in self.root.iterdir() if p.name.startswith("ended-")), None)
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ def _happening(status: RunStatus) -> str:
         said = ["Everything is done."]
     elif not said:
         said = [_standing_still(status)]
-    if status.slurm == "silent":
+    if status.slurm == "silent" and not status.done:
         since = status.slurm_silent_since
         when = f" since {words.moment(since)}" if since else ""
         said.insert(0, f"Slurm has not answered{when}; what is said of jobs may be out of date.")
@@ -89,7 +89,9 @@ def _moving(stage: StageStatus) -> str:
     if amount is None:
         return f"{stage.name} runs."
     eta = f", about {words.duration(amount.eta_s)} left" if amount.eta_s is not None else ""
-    return f"{stage.name} runs: {amount.done:,} of {amount.total:,} {amount.unit}{eta}."
+    failed = stage.shards.failed if stage.shards else 0
+    some = f"; {failed:,} shard{'s have' if failed > 1 else ' has'} failed" if failed else ""
+    return f"{stage.name} runs: {amount.done:,} of {amount.total:,} {amount.unit}{eta}{some}."
 
 
 def _waiting(stage: StageStatus) -> str:
@@ -107,7 +109,9 @@ def _standing_still(status: RunStatus) -> str:
     if all(stage.state == "missing" for stage in status.stages):
         return "Nothing has begun yet."
     queued = " and nothing is queued" if status.submitted else ""
-    return f"Nothing runs{queued}; the next stage is {where}."
+    state = next(stage.state for stage in status.stages if stage.name == where)
+    ends = {"failed": f"{where} failed", "stopped": f"{where} stopped before its end"}
+    return f"Nothing runs{queued}: {ends.get(state, f'the next stage is {where}')}."
 
 
 def _problems(status: RunStatus) -> list[Problem]:

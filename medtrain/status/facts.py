@@ -83,7 +83,11 @@ class Jobs:
     """Whether that mends itself."""
     starts_at: float | None = None
     """When the first of those that wait is expected to begin, seconds since the epoch."""
+    elapsed_s: int = 0
+    """Of the one that has been running longest."""
     requeues: int = 0
+    repair_round: int = 0
+    """How often missing shards were submitted again."""
     ended: str = ""
     """How the last job ended, if not well, such as `job 12 ended: TIMEOUT`."""
 

@@ -63,7 +63,9 @@ class StatusTable:
         for problem in advice.problems:
             yield Text.assemble((f"{problem.stage}  ", "bold red"), problem.message)
             if problem.fix:
-                yield Padding(Text.assemble(("fix  ", "bold green"), problem.fix), (0, 0, 0, 2), expand=False)
+                yield Padding(
+                    Text.assemble(("fix  ", "bold green"), problem.fix), (0, 0, 0, 2), expand=False
+                )
 
 
 def _line(segments: list[Segment]) -> RenderResult:
@@ -98,21 +100,25 @@ def _cells(stage: StageStatus, wide: bool) -> list[Any]:
     state = Text(_WORDS.get(stage.state, stage.state), style=_STYLES[stage.state])
     done = stage.state == "done"
     amount = None if done else stage.amount
-    left = words.duration(amount.eta_s) if amount else ""
     return [
         stage.name,
         state,
         words.amount(amount),
         words.rate(amount.per_s) if amount else "",
-        Text(words.duration(stage.seconds), style="dim")
-        if done
-        else f"{left} left"
-        if left
-        else "",
+        _time(stage),
         _shard_marks(stage.shards) if stage.shards and wide and not done else Text(),
         words.hours(stage.gpu.spent_s) if stage.gpu and stage.gpu.spent_s and wide else "",
         Text(stage.note, style="dim" if done else "") if done or wide else Text(),
     ]
+
+
+def _time(stage: StageStatus) -> Text:
+    """How long it took, will take, or has been running."""
+    if stage.state == "done":
+        return Text(words.duration(stage.seconds), style="dim")
+    if stage.amount and stage.amount.eta_s is not None:
+        return Text(f"{words.duration(stage.amount.eta_s)} left")
+    return Text(words.duration(stage.jobs.elapsed_s) if stage.jobs and stage.jobs.elapsed_s else "")
 
 
 def _part_cells(name: str, amount: Any) -> list[Any]:
@@ -144,6 +150,8 @@ def _remark(stage: StageStatus, wide: bool) -> str:
         said.append(f"waiting: {jobs.sentence} ({jobs.reason}){start}")
     if jobs and jobs.requeues:
         said.append(f"requeued {'once' if jobs.requeues == 1 else f'{jobs.requeues} times'}")
+    if jobs and jobs.repair_round:
+        said.append(f"repair round {jobs.repair_round}")
     if stage.errors:
         said.append(f"{stage.errors:,} rows with errors")
     if stage.quarantined:

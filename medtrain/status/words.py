@@ -42,8 +42,10 @@ def duration(seconds: float | None) -> str:
 
 
 def hours(seconds: float) -> str:
-    """`0.05`, `1.2` or `345`."""
+    """`<0.01`, `0.05`, `1.2` or `345`."""
     value = seconds / 3600
+    if value < 0.01:
+        return "<0.01"
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 1 else f"{value:.1f}"
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console as RichConsole
 
 from medtrain.cluster import board as board_module
+from medtrain.cluster import watch as watch_module
 from medtrain.cluster.board import Board, look
 from medtrain.cluster.watch import watch_run
 from medtrain.console import Console
@@ -149,6 +152,28 @@ def test_a_job_of_two_stages_is_at_the_first_that_is_not_done(scene: Scene) -> N
     assert stage(status, "generate").state == "queued"
 
 
+def test_a_training_tells_its_steps_and_how_fast_they_go(scene: Scene) -> None:
+    scene.finish_until("prepare")
+    scene.start("sft")
+    scene.submitted("sft", ["sft"], "11")
+    scene.slurm_says(queue_line("11", "RUNNING", used="2:00"))
+
+    def said(seconds_ago: float, step: int, task: str = "sft") -> str:
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - seconds_ago))
+        return f"time={at} event=progress task={task} done={step} total=200 loss=1.5\n"
+
+    scene.run.log.write_text(said(60, 20) + said(45, 3, "judge") + said(0, 80))
+    scene.run.metrics("sft").write_text('{"step": 81, "loss": 1.5}\n{"step": 9')
+    amount = stage(look(scene.run, scene.config), "sft").amount
+    assert amount is not None
+    assert (amount.done, amount.total, amount.unit) == (81, 200, "steps")
+    assert amount.per_s == pytest.approx(1.0, rel=0.05)
+    scene.run.log.write_text(said(3600, 20) + said(3500, 80))
+    amount = stage(look(scene.run, scene.config), "sft").amount
+    assert amount is not None
+    assert amount.per_s is None
+
+
 # What needs a person
 
 
@@ -177,6 +202,19 @@ def test_a_job_that_left_no_word_is_told_by_how_it_ended(scene: Scene) -> None:
     status = look(scene.run, scene.config)
     assert stage(status, "sft").state == "failed"
     assert "OUT_OF_MEMORY" in drawn(status, 120)
+
+
+def test_what_failed_because_something_before_it_did_is_not_called_failed(scene: Scene) -> None:
+    scene.finish_until("prepare")
+    scene.fail("sft", ConfigError("sft.batch_size is 0"))
+    scene.submitted("sft", ["sft"], "11")
+    scene.submitted("evaluate.answers.close", ["evaluate"], "19")
+    scene.slurm_says(
+        queue_line("11", "FAILED", status=64 << 8) + queue_line("19", "FAILED", status=65 << 8)
+    )
+    status = look(scene.run, scene.config)
+    assert stage(status, "evaluate").state == "missing"
+    assert [problem.stage for problem in status.advice.problems] == ["sft"]
 
 
 def test_an_error_of_a_shard_is_the_error_of_its_stage(scene: Scene) -> None:
@@ -275,8 +313,6 @@ def dying(scene: Scene, monkeypatch: pytest.MonkeyPatch, *, age_s: float) -> Non
         attempt_units(phase, [("candidates", 1)], QUIET)
     (ended,) = scene.run.generate.glob("shards/00001/21.*/ended-*")
     beat = ended.rename(ended.with_name("heartbeat"))
-    import os
-
     os.utime(beat, (NOW - age_s, NOW - age_s))
 
 
@@ -437,9 +473,7 @@ def test_watch_ends_with_the_run(scene: Scene, capsys: pytest.CaptureFixture[str
     assert "index.html" in out
 
 
-def test_watch_ends_when_nothing_goes_on(
-    scene: Scene, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_watch_ends_when_nothing_goes_on(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
     scene.finish_until("prepare")
     scene.submitted("sft", ["sft"], "11")
     scene.fail("sft", MedtrainError("the loss is nan"))
@@ -460,7 +494,8 @@ def test_ctrl_c_ends_the_watch_and_nothing_else(
 
     generating(scene)
     scene.slurm_says(GENERATING)
-    monkeypatch.setattr(time, "sleep", interrupt)
+    clock = SimpleNamespace(sleep=interrupt, monotonic=time.monotonic, strftime=time.strftime)
+    monkeypatch.setattr(watch_module, "time", clock)
     console = Console()
     console.rich = RichConsole(force_terminal=True, width=100)
     console.on_terminal = True
@@ -470,9 +505,7 @@ def test_ctrl_c_ends_the_watch_and_nothing_else(
     assert "Ctrl-C" not in last
 
 
-def test_one_look_is_enough_for_a_script(
-    scene: Scene, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_look_is_enough_for_a_script(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
     generating(scene)
     scene.slurm_says(GENERATING)
     assert watch_run(scene.run, scene.config, Console(), once=True) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from shards.sets import requests, square, run
 def work(batches):
-    for batch in batches:
+    for batch in {batches}:
         {before}
         for pair in square([batch]):
             time.sleep({row_s})
@@ -30,16 +29,17 @@ def start(
     *,
     before: str = "pass",
     row_s: float = 0.0,
-    environment: dict[str, str] | None = None,
+    read_ahead: bool = False,
     **layout: int,
 ) -> subprocess.Popen[bytes]:
-    """A process that brings `count` rows; `before` is a statement for when a batch was pulled."""
+    """A process that brings `count` rows; `before` is a statement that goes before each batch."""
     code = _START.format(
         tests=str(Path(__file__).parents[1]),
+        batches="list(batches)" if read_ahead else "batches",
         before=before,
         row_s=row_s,
         directory=str(directory),
         count=count,
         layout=layout,
     )
-    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **(environment or {})})
+    return subprocess.Popen([sys.executable, "-c", code])

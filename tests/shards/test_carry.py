@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from medtrain.errors import DataError
+from medtrain.files import publish, sealed
 from medtrain.shards import carry, make_plan
+from medtrain.shards.attempt import ShardFiles, run_attempt, sound_receipt
 from medtrain.shards.carry import settle_plan
 from medtrain.shards.plan import Plan
 
-from .sets import bring, refuse, requests, run
+from .sets import bring, refuse, requests, run, square
 
 FORK = multiprocessing.get_context("fork")
 
@@ -164,3 +166,35 @@ def test_a_plan_of_other_rows_is_not_bound(tmp_path: Path) -> None:
     settle_plan(tmp_path, make_plan(requests(5), {}))
     with pytest.raises(DataError, match="other rows or settings"):
         make_plan(requests(6), {}).bound_to(Plan.read(tmp_path / "plan.json"))
+
+
+def test_an_attempt_whose_stage_is_laid_out_anew_meanwhile_harms_nothing(tmp_path: Path) -> None:
+    expected = run(tmp_path / "whole", requests(12))
+    directory = tmp_path / "moved"
+    old = settle_plan(directory, make_plan(requests(12), {"model": "m"}, num_shards=2))
+    new = make_plan(requests(12), {"model": "m"}, num_shards=3)
+
+    def meanwhile(batches: Any) -> Any:
+        for number, batch in enumerate(batches):
+            if number == 3:
+                settle_plan(directory, new)
+            yield from square([[old.requests[int(row[4:])] for row in batch]])
+
+    run_attempt(old, 0, ShardFiles(directory, 0), meanwhile, lambda result: None)
+    assert ShardFiles(directory, 0).done.exists()
+    assert run(directory, requests(12), num_shards=3) == expected
+
+
+def test_a_receipt_of_another_layout_does_not_keep_one_from_being_published(
+    tmp_path: Path,
+) -> None:
+    plan = settle_plan(tmp_path, make_plan(requests(4), {"model": "m"}))
+    files = ShardFiles(tmp_path, 0)
+
+    def beaten(batches: Any) -> Any:
+        for batch in batches:
+            yield from square([[plan.requests[int(row[4:])] for row in batch]])
+        publish(files.done, sealed({"plan_id": plan.plan_id, "row_ids_digest": "of another"}))
+
+    run_attempt(plan, 0, files, beaten, lambda result: None)
+    assert sound_receipt(plan, 0, files) is not None

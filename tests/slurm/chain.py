@@ -200,3 +200,11 @@ def _finish_what_is_before(chain: Chain, rows: int) -> None:
         fingerprint = pipeline.fingerprint(stage)
         outputs = stage.writes(run, pipeline.config)
         pipeline.lineage.finish(stage.name, fingerprint, outputs, {}, 0.0, "2026-01-01T00:00:00Z")
+
+
+def undisturbed(directory: Path, cluster: Cluster, **how: Any) -> dict[str, bytes]:
+    """What `medtrain run` makes of the same rows on this machine, in one shard."""
+    how["judge"] = {**how.get("judge", {}), "num_shards": 1}
+    chain = ready_to_judge(directory, cluster, **how)
+    chain.medtrain("run", chain.config, *chain.selection)
+    return chain.collected()

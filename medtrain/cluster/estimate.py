@@ -1,0 +1,273 @@
+"""What the jobs of a chain are likely to take.
+
+a job's steps → seconds of each: what this run measured where it did (receipts of stages, of shards,
+checkpoints), else FLOPs and bytes (medtrain.cluster.workload) at the speed of a GPU
+(medtrain.cluster.gpus) → seconds of a task. What is finished of a stage that has begun is taken
+off. Nothing is touched, no model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+from medtrain.cluster.chain import ChainJob, phase_of
+from medtrain.cluster.gpus import (
+    DEFAULT_GPU,
+    LOAD_BYTES_PER_S,
+    START_S,
+    STEP_FLOOR_S,
+    Gpu,
+    gpu_of,
+    parameters_of,
+)
+from medtrain.cluster.ledger import Step
+from medtrain.cluster.site import resources_of
+from medtrain.cluster.workload import (
+    VERDICT_TOKENS,
+    flops_a_token,
+    judged,
+    orders,
+    sizes_of,
+    trained_tokens,
+    words,
+)
+from medtrain.config import GenerateConfig, JobKind, RunConfig, VariantConfig
+from medtrain.lineage import Standing
+from medtrain.run import Run, Trained
+from medtrain.shards import Request
+from medtrain.shards.costs import CostModel, measured_costs
+from medtrain.shards.progress import shard_progress
+from medtrain.stages import Stage
+from medtrain.status.sharded import shard_directory
+from medtrain.status.training import training_progress
+
+Basis = Literal["measured", "estimated", "short", "unknown"]
+"""Where seconds come from; `short`: minutes of a CPU, which nobody counts."""
+
+_JUDGE_BATCH = 8
+"""Of medtrain.judge.model_judge; importing it would import more than a plan needs."""
+
+
+class Took(NamedTuple):
+    """What a step takes in all, and each of its tasks before it computes."""
+
+    seconds: float | None
+    basis: Basis
+    load_s: float = 0.0
+    note: str = ""
+
+
+_SET_THE_PACE = ("batch_size", "gradient_accumulation", "max_length", "epochs", "max_steps")
+_IN_ORDERS = ("verdicts", "pairwise")
+"""Shard sets whose rows are put to the judge once an order."""
+_SHORT = Took(0.0, "short")
+_UNKNOWN = Took(None, "unknown")
+
+
+class Estimator:
+    """What the steps of one run take."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: RunConfig,
+        known: Sequence[tuple[Stage, Standing, dict[str, Any] | None]],
+    ) -> None:
+        self.run, self.config = run, config
+        self.standing = {stage.name: standing.state for stage, standing, _ in known}
+        self.receipts = {stage.name: receipt for stage, _, receipt in known if receipt}
+        self.sizes = sizes_of(run, config, prepared=self.standing["prepare"] == "done")
+        base = config.model.base
+        self.parameters = None if base.startswith("builtin:") else parameters_of(base)
+        self.bytes_each = 4 if config.model.dtype == "float32" else 2
+
+    def task(self, job: ChainJob) -> Took:
+        """What one task of a job takes; the seconds include loading."""
+        tasks = max(1, len(job.tasks))
+        took = [self._step(step, job) for step in job.steps]
+        known = [one.seconds for one in took if one.seconds is not None]
+        load_s = max((one.load_s for one in took), default=0.0)
+        seconds = sum(known) / tasks + load_s if len(known) == len(took) else None
+        bases = [one.basis for one in took if one.basis != "short"]
+        return Took(
+            seconds=seconds if bases else None,
+            basis=bases[0] if bases else "short",
+            load_s=load_s,
+            note="; ".join(one.note for one in took if one.note),
+        )
+
+    def gpu(self, kind: JobKind) -> Gpu:
+        """The GPU that a kind of job gets, or is taken to get."""
+        return gpu_of(resources_of(self.config, kind)) or DEFAULT_GPU
+
+    def _step(self, step: Step, job: ChainJob) -> Took:
+        verb, name, _ = step
+        if verb in ("open", "close"):
+            return _SHORT
+        if verb == "train":
+            return self._training(cast("Trained", name), job.kind)
+        if verb == "shards":
+            if phase_of(step).kind == "judge":
+                return self._judging(cast("Literal['judge', 'evaluate']", name), job)
+            return self._answering(name, job)
+        if (receipt := self.receipts.get(name)) is not None:
+            return Took(receipt["seconds"], "measured")
+        return self._merging() if name.startswith("merge") else _SHORT
+
+    # Training and merging
+
+    def _training(self, stage: Trained, kind: JobKind) -> Took:
+        measured = self._steps_measured(stage)
+        if measured is not None:
+            return Took(measured, "measured", self._load_s())
+        gpus = self._devices(kind)
+        tokens = trained_tokens(self.config, self.sizes, stage, gpus)
+        if not gpus or tokens is None or self.parameters is None:
+            return _UNKNOWN
+        flops = tokens * flops_a_token(self.config, stage, self.parameters) * self._left(stage)
+        note = f"{words(tokens)} tokens"
+        reached = self._flops_measured(kind) if stage == "dpo" else None
+        if reached is not None:
+            return Took(flops / reached, "measured", self._load_s(), f"{note}, at the pace of sft")
+        return Took(self.gpu(kind).compute_s(flops) / gpus, "estimated", self._load_s(), note)
+
+    def _steps_measured(self, stage: Trained) -> float | None:
+        """What it took before, where something was changed that costs no time."""
+        receipt, section = self.receipts.get(stage), getattr(self.config, stage)
+        if receipt is None:
+            return None
+        then = receipt["settings"]
+        same = all(then.get(f"{stage}.{key}") == getattr(section, key) for key in _SET_THE_PACE)
+        # Settings keep of a local path its name.
+        base = self.config.model.base
+        same = same and then.get("model.base") in (base, Path(base).name)
+        return float(receipt["seconds"]) if same else None
+
+    def _flops_measured(self, kind: JobKind) -> float | None:
+        """FLOP/s that SFT reached on its GPUs, if it is done as it is configured."""
+        if self.standing["sft"] != "done" or "sft" not in self.receipts or self.parameters is None:
+            return None
+        gpus = self._devices("sft")
+        tokens = trained_tokens(self.config, self.sizes, "sft", gpus)
+        if tokens is None or not gpus:
+            return None
+        flops = tokens * flops_a_token(self.config, "sft", self.parameters)
+        return flops / self.receipts["sft"]["seconds"] / gpus * self._devices(kind)
+
+    def _left(self, stage: Trained) -> float:
+        """The share of a training's steps that its checkpoints do not hold yet."""
+        amount = training_progress(self.run, stage) if self.standing[stage] == "started" else None
+        return 1 - amount.done / amount.total if amount is not None else 1.0
+
+    def _merging(self) -> Took:
+        """Read for the comparison, read again, written, read back."""
+        if self.parameters is None:
+            return _SHORT if self.config.model.base.startswith("builtin:") else _UNKNOWN
+        seconds = 4 * self.parameters * self.bytes_each / LOAD_BYTES_PER_S
+        return Took(seconds, "estimated", START_S)
+
+    # Shards
+
+    def _answering(self, stage: str, job: ChainJob) -> Took:
+        section = self.config.generate if stage == "generate" else self.config.evaluate
+        rows = self.sizes.prompts if stage == "generate" else self.sizes.eval
+        samples = section.num_samples if isinstance(section, GenerateConfig) else 1
+        models = self._models(stage)
+        note = "" if rows is None else f"{words(rows * samples * len(models))} answers"
+        if section.engine == "openai":
+            note = f"{note} of an endpoint".strip()
+        measured = self._costs(stage, job)
+        if not rows:
+            return _SHORT if rows == 0 else _UNKNOWN
+        share = self._rows_left(stage, job)
+        if measured is not None:
+            request = Request(
+                "", {}, prompt_tokens=round(self.sizes.prompt_tokens),
+                max_answer_tokens=samples * section.max_new_tokens,
+            )  # fmt: skip
+            seconds = measured.seconds(request) * rows * len(models) * share
+            return Took(seconds, "measured", self._load_s(), note)
+        known = [parameters for parameters in models if parameters is not None]
+        if section.engine == "openai" or not self._devices(job.kind) or len(known) < len(models):
+            return Took(None, "unknown", note=note)
+        gpu, floor = self.gpu(job.kind), STEP_FLOOR_S[section.engine]
+        together = min(section.batch_size, rows)
+        seconds = 0.0
+        for parameters in known:
+            a_step = gpu.decode_step_s(parameters, self.bytes_each, together * samples, floor)
+            seconds += ceil(rows / together) * section.max_new_tokens * a_step
+            seconds += gpu.compute_s(2 * parameters * rows * self.sizes.prompt_tokens)
+        return Took(seconds * share, "estimated", self._load_s(max(known)), note)
+
+    def _models(self, stage: str) -> list[float | None]:
+        """Parameters of the models that answer."""
+        if stage == "generate":
+            return [self.parameters]
+        return [
+            parameters_of(v.path) if isinstance(v, VariantConfig) else self.parameters
+            for v in self.config.evaluate.variants
+        ]
+
+    def _costs(self, stage: str, job: ChainJob) -> CostModel | None:
+        """Fitted to this stage's own finished shards, else to those of `generate`."""
+        keys = [key for key in _keys(job) if not key.startswith("loss.")]
+        places = [shard_directory(self.run, stage, key) for key in keys]
+        found = (measured_costs(place) for place in (*places, self.run.generate))
+        return next((costs for costs in found if costs is not None), None)
+
+    def _judging(self, stage: Literal["judge", "evaluate"], job: ChainJob) -> Took:
+        asked = judged(self.config, self.sizes, stage)
+        judge = self.config.judge
+        if judge.kind == "rules":
+            return _SHORT
+        if asked is None:
+            return _UNKNOWN
+        note = f"{words(asked.calls)} calls, {words(asked.tokens)} tokens"
+        share = self._rows_left(stage, job)
+        a_call = self._call_s(stage, _keys(job)) or self._call_s("judge", ["verdicts"])
+        if a_call is not None:
+            return Took(a_call * asked.calls * share, "measured", START_S, note)
+        parameters = parameters_of(judge.model) if judge.kind == "model" else None
+        if parameters is None or not self._devices(job.kind):
+            return Took(None, "unknown", note=note)
+        gpu = self.gpu(job.kind)
+        floor = STEP_FLOOR_S["transformers"]
+        a_step = gpu.decode_step_s(parameters, self.bytes_each, _JUDGE_BATCH, floor)
+        seconds = ceil(asked.calls / _JUDGE_BATCH) * min(judge.max_tokens, VERDICT_TOKENS) * a_step
+        seconds += gpu.compute_s(2 * parameters * asked.calls * asked.prompt_tokens)
+        return Took(seconds * share, "estimated", self._load_s(parameters), note)
+
+    def _call_s(self, stage: str, keys: Sequence[str]) -> float | None:
+        """Seconds of one question to the judge, by finished shards."""
+        seconds = calls = 0.0
+        for key in keys:
+            seen = shard_progress(shard_directory(self.run, stage, key))
+            # Shards are cut to equal cost, so that each holds about as many rows.
+            rows = seen.total * seen.shards_done / max(1, seen.shards_total)
+            calls += rows * (orders(self.config.judge) if key in _IN_ORDERS else 1)
+            seconds += seen.seconds
+        return seconds / calls if calls and seconds else None
+
+    def _rows_left(self, stage: str, job: ChainJob) -> float:
+        """The share of an array's rows that no shard has finished yet."""
+        if self.standing[stage] != "started":
+            return 1.0
+        seen = [shard_progress(shard_directory(self.run, stage, key)) for key in _keys(job)]
+        total = sum(one.total for one in seen)
+        return 1 - sum(one.done for one in seen) / total if total else 1.0
+
+    def _devices(self, kind: JobKind) -> int:
+        wanted = resources_of(self.config, kind)
+        return (wanted.gpus or 0) * (wanted.nodes or 1)
+
+    def _load_s(self, parameters: float | None = None) -> float:
+        weights = (parameters or self.parameters or 0.0) * self.bytes_each
+        return START_S + weights / LOAD_BYTES_PER_S
+
+
+def _keys(job: ChainJob) -> list[str]:
+    """The shard sets that an array computes."""
+    return list(dict.fromkeys(key for units in job.tasks for key, _ in units))

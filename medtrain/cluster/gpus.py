@@ -1,0 +1,103 @@
+"""How fast a GPU is, and how large a model: what an estimate of seconds is made from.
+
+`cluster.gpu_type` and `constraint` → a row of the table (dense tensor-core peak and memory bandwidth
+as NVIDIA's data sheets give them) → FLOP/s and bytes/s that are really reached, by stated shares.
+`model.base` → parameters, from a directory's safetensors headers or from the name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from medtrain.config import Resources
+
+TRAINING_SHARE = 0.3
+"""Of the peak FLOP/s that training and reading prompts reach."""
+DECODING_SHARE = 0.4
+"""Of the memory bandwidth that decoding reaches."""
+STEP_FLOOR_S = {"transformers": 0.025, "vllm": 0.005}
+"""A decoding step takes this long however small the model: Python and kernel launches."""
+LOAD_BYTES_PER_S = 1e9
+"""At which weights come from a shared file system."""
+START_S = 30.0
+"""From a job's start to the first byte of weights: modules, activation, imports."""
+
+_SCALE = {"b": 1e9, "m": 1e6}
+_IN_NAME = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One type, by its data sheet."""
+
+    name: str
+    peak_flops: float
+    """Dense tensor-core peak in bf16 (V100: fp16), FLOP/s."""
+    bytes_per_s: float
+    """Memory bandwidth."""
+
+    def compute_s(self, flops: float) -> float:
+        """Seconds of work that is bound by arithmetic."""
+        return flops / (self.peak_flops * TRAINING_SHARE)
+
+    def decode_step_s(self, parameters: float, bytes_each: int, rows: float, floor: float) -> float:
+        """Seconds in which `rows` sequences each get one more token.
+
+        Every weight is read once a step; with many sequences arithmetic is the bound.
+        """
+        reading = parameters * bytes_each / (self.bytes_per_s * DECODING_SHARE)
+        return max(floor, reading, self.compute_s(2 * parameters * rows))
+
+
+# More specific names first: a type is looked up as a part of what the site calls it.
+_GPUS = {
+    "h200": Gpu("H200 SXM", 989e12, 4.8e12),
+    "h100": Gpu("H100 SXM", 989e12, 3.35e12),
+    "a100": Gpu("A100 40 GB", 312e12, 1.555e12),
+    "v100": Gpu("V100 SXM2", 125e12, 0.9e12),
+    "l40s": Gpu("L40S", 362e12, 0.864e12),
+    "4090": Gpu("RTX 4090", 165e12, 1.008e12),
+}
+DEFAULT_GPU = _GPUS["a100"]
+
+
+def gpu_of(wanted: Resources) -> Gpu | None:
+    """The type that a job asks for, in words that the table knows; None if it names none."""
+    for asked in (wanted.gpu_type, wanted.constraint, wanted.partition):
+        for name, gpu in _GPUS.items():
+            if asked and name in asked.lower():
+                return gpu
+    return None
+
+
+def parameters_of(model: str) -> float | None:
+    """Parameters of a model directory, or of a hub id whose name tells; None if nothing does."""
+    directory = Path(model).expanduser()
+    return _stored(directory) or _named(directory.name)
+
+
+def _named(name: str) -> float | None:
+    """8e9 for `Meta-Llama-3-8B`; None for a mixture such as `8x7B`, which computes with a part."""
+    found = _IN_NAME.search(name)
+    return float(found[1]) * _SCALE[found[2].lower()] if found else None
+
+
+def _stored(directory: Path) -> float | None:
+    """The elements of all tensors, by the headers of the safetensors files."""
+    counts = [_tensor_elements(file) for file in sorted(directory.glob("model*.safetensors"))]
+    known = [count for count in counts if count is not None]
+    return float(sum(known)) if known and len(known) == len(counts) else None
+
+
+def _tensor_elements(file: Path) -> int | None:
+    """See https://huggingface.co/docs/safetensors: eight bytes of length, then a JSON header."""
+    try:
+        with file.open("rb") as handle:
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        return sum(prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError):
+        return None  # whoever loads it says what is wrong with it
