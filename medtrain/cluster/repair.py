@@ -134,8 +134,11 @@ def _submit_again(
     steps = closing.steps[closing.steps.index(step) :]
     collect = ChainJob(closing.key, "cpu", steps, ((key, "afterany"),))
     again = closing.round + 1
-    submitted = dispatcher.submit(array, {}, repair_round=again, exclude=exclude)
-    dispatcher.submit(collect, {key: submitted.job_ids}, repair_round=again)
+    waits_for = {}
+    if tasks:  # a process that Slurm had lost may have finished its shard meanwhile
+        submitted = dispatcher.submit(array, {}, repair_round=again, exclude=exclude)
+        waits_for = {key: submitted.job_ids}
+    dispatcher.submit(collect, waits_for, repair_round=again)
     move_dependents(dispatcher.ledger, slurm, closing.key)
 
 

@@ -185,3 +185,11 @@ def words(value: float) -> str:
         if value >= scale:
             return f"{value / scale:g} {unit}"
     return f"{value:g}"
+
+
+def duration(seconds: float) -> str:
+    """A time in two digits: 35 s, 12 min, 3.4 h, 2.1 d."""
+    for unit, scale in (("d", 86_400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * scale or (unit == "h" and seconds >= scale):
+            return f"{float(f'{seconds / scale:.1e}'):g} {unit}"
+    return f"{float(f'{seconds:.1e}'):g} s"

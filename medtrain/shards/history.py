@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from medtrain.shards.journal import read_journal
@@ -31,7 +32,9 @@ class PastAttempt:
     """An earlier or concurrent attempt at the shard."""
 
     name: str
-    started_at: float
+    began: float
+    """By the clock of the file system, like the next one."""
+    last_seen: float
     died: bool
     """It has neither ended nor is it alive."""
     pulled: list[Pulled] = field(default_factory=list)
@@ -59,7 +62,7 @@ def look_back(
         for attempt in files.attempts()
         if me is None or attempt.name != me.attempt
     ]
-    return sorted(found, key=lambda past: (past.started_at, past.name))
+    return sorted(found, key=lambda past: (past.began, past.name))
 
 
 def _past_attempt(
@@ -74,7 +77,8 @@ def _past_attempt(
     died = unended and me is not None and not forgiven
     if died and mark is not None:
         died = not mark.is_alive(beat_age_s(files, now), me)
-    past = PastAttempt(files.name, mark.started_at if mark else 0.0, died)
+    last_seen = max(map(_changed_at, (files.heartbeat, files.journal)))
+    past = PastAttempt(files.name, _changed_at(files.mark), last_seen, died)
     for record in _records(files):
         if "pulled" in record:
             past.pulled.append(Pulled(tuple(record["pulled"]), bool(record.get("alone"))))
@@ -84,6 +88,13 @@ def _past_attempt(
         if record["request"] == hashes.get(row) and not taken_back:
             past.results[row] = result
     return past
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _records(files: AttemptFiles) -> Iterable[dict[str, Any]]:

@@ -41,14 +41,17 @@ def suspicion(past: Sequence[PastAttempt]) -> Suspicion:
     recurring: Counter[str] = Counter()
     alone: set[str] = set()
     given_up: set[str] = set()
+    last_death = 0.0
     for attempt in past:
         progress = not attempt.results.keys() <= seen
         seen |= attempt.results.keys()
         done |= {row for row, result in attempt.results.items() if is_final(result)}
         stuck = Counter() if progress else stuck
         flying = _in_flight(attempt, done) if attempt.died else set()
-        if not flying:
+        # Writers that lived at the same time may have been killed by one hand: that is one death.
+        if not flying or attempt.began < last_death:
             continue
+        last_death = attempt.last_seen
         deaths.update(flying)
         recurring = _one_more(recurring, flying)
         stuck = stuck if progress else _one_more(stuck, flying)

@@ -196,7 +196,7 @@ def test_an_earlier_start_of_the_same_job_is_dead_for_sure(
 
 def died(pulled: list[list[str]], finished: list[str], *, alone: bool = False) -> PastAttempt:
     marks = [Pulled(tuple(rows), alone) for rows in pulled]
-    return PastAttempt("a", 0.0, True, marks, {row: {"y": 1} for row in finished})
+    return PastAttempt("a", 1.0, 1.0, True, marks, {row: {"y": 1} for row in finished})
 
 
 def test_rows_in_flight_together_are_told_apart_one_by_one() -> None:
@@ -213,13 +213,22 @@ def test_an_engine_that_finishes_others_meanwhile_does_not_hide_a_poison_row() -
     assert suspicion(attempts).alone == {"p"}
 
 
+def test_writers_that_die_together_are_one_death() -> None:
+    first, twin = died([["a"]], []), died([["a"]], [])
+    first.last_seen, twin.began = 9.0, 2.0
+    assert suspicion([first, twin]).given_up == {}
+    twin.began = 10.0
+    assert suspicion([first, twin]).given_up == {"a": 2}
+
+
 @given(st.lists(st.tuples(st.sets(st.integers(0, 5)), st.sets(st.integers(0, 5)), st.booleans())))
 @settings(max_examples=200)
 def test_no_row_is_blamed_for_fewer_than_two_deaths(history: list[Any]) -> None:
     past = [
         PastAttempt(
             "a",
-            0.0,
+            1.0,
+            1.0,
             has_died,
             [Pulled((str(row),), False) for row in sorted(pulled)],
             {str(row): {"y": 1} for row in pulled & finished},

@@ -25,6 +25,7 @@ from medtrain.console import Console
 from medtrain.lineage import Lineage
 from medtrain.pipeline import Pipeline
 from medtrain.run import Run
+from medtrain.shards import Unit
 from medtrain.stages import by_name
 from tests.judge.runs import make_run
 from tests.slurm.cluster import Cluster, QueuedJob
@@ -93,6 +94,11 @@ class Chain:
     def rounds(self, key: str) -> int:
         """How often a job or array was submitted."""
         return sum(submission.key == key for submission in Ledger(self.run).all())
+
+    def tasks_submitted(self, key: str, *, after: int = 0) -> list[tuple[Unit, ...]]:
+        """The tasks of every submission of an array but the first `after` ones."""
+        submissions = [s for s in Ledger(self.run).all() if s.key == key and s.number >= after]
+        return [task for submission in submissions for task in submission.tasks]
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage has its receipt."""

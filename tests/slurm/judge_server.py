@@ -25,6 +25,13 @@ ORDER = ("good", "fair", "bad")
 _NEVER_S = 120.0
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that are killed close their connections in any state."""
+
+
 class JudgeServer:
     """Answers by quality: `good` beats `fair` beats `bad`; anything else is a tie."""
 
@@ -56,8 +63,7 @@ class JudgeServer:
             def log_message(self, *args: Any) -> None:
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
+        self._http = _Server(("127.0.0.1", 0), Handler)
         self.port: int = self._http.server_address[1]
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 

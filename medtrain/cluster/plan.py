@@ -1,0 +1,285 @@
+"""`medtrain plan`: what would run, what it is likely to take, and what a person does first.
+
+stages that are done, by their receipts → jobs of the others, as `submit` would queue them → an
+estimate of each (medtrain.cluster.estimate) → one table, a total, the assumptions, warnings, and the
+commands. Nothing is written, no job is asked for, Slurm need not be there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Literal
+
+from medtrain.cluster.chain import plan_chain, steps_of
+from medtrain.cluster.estimate import Basis, Estimator
+from medtrain.cluster.gpus import (
+    DECODING_SHARE,
+    LOAD_BYTES_PER_S,
+    STEP_FLOOR_S,
+    TRAINING_SHARE,
+    gpu_of,
+)
+from medtrain.cluster.ledger import Step
+from medtrain.cluster.site import resources_of
+from medtrain.cluster.workload import duration
+from medtrain.config import JobKind, RunConfig
+from medtrain.data.needs import datasets_needed, models_needed
+from medtrain.endpoint import read_secrets
+from medtrain.pipeline import table
+from medtrain.run import Run
+from medtrain.selection import Selection
+from medtrain.stages import Stage, needed_before
+
+_LONG_S, _GOOD_S = 24 * 3600.0, 4 * 3600.0
+"""A task should not take longer than the first; the second is what is proposed instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedJob:
+    """One line of the plan."""
+
+    key: str
+    state: Literal["done", "to do"]
+    steps: tuple[Step, ...]
+    kind: JobKind
+    tasks: int
+    nodes: int
+    gpus: int
+    """A node."""
+    time_limit_s: float | None
+    task_s: float | None
+    """Of one task, loading included; None if nobody knows, or it is minutes of a CPU."""
+    load_s: float
+    """Of that: before anything is computed."""
+    basis: Basis
+    note: str = ""
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Of all tasks; None if nobody knows."""
+        devices = self.nodes * self.gpus
+        if not devices or self.basis == "short":
+            return 0.0
+        return None if self.task_s is None else self.task_s * self.tasks * devices / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; what nobody knows is null."""
+        return {
+            "job": self.key,
+            "state": self.state,
+            "steps": [list(step) for step in self.steps],
+            "kind": self.kind,
+            "tasks": self.tasks,
+            "nodes": self.nodes,
+            "gpus_per_node": self.gpus,
+            "time_limit_s": self.time_limit_s,
+            "task_s": None if self.task_s is None else float(f"{self.task_s:.2g}"),
+            "gpu_hours": None if self.gpu_hours is None else float(f"{self.gpu_hours:.2g}"),
+            "basis": self.basis,
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """The jobs of a run, and what is to be known about them."""
+
+    run: Run
+    jobs: tuple[PlannedJob, ...]
+    assumptions: tuple[str, str]
+    """Where rows and tokens come from; how fast a GPU is taken to be."""
+    warnings: tuple[str, ...]
+    commands: tuple[str, ...]
+    """What a person types, in order; the last one starts the chain."""
+
+    @property
+    def to_do(self) -> list[PlannedJob]:
+        """Those that would be queued."""
+        return [job for job in self.jobs if job.state == "to do"]
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of those that would be queued, as far as it is known."""
+        return sum(job.gpu_hours or 0.0 for job in self.to_do)
+
+    @property
+    def unknown(self) -> list[str]:
+        """Jobs with GPUs whose time nobody knows."""
+        return [job.key for job in self.to_do if job.gpu_hours is None]
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "run": str(self.run.root),
+            "jobs": [job.to_json() for job in self.jobs],
+            "total": {
+                "jobs": len(self.to_do),
+                "tasks": sum(job.tasks for job in self.to_do),
+                "gpu_hours": float(f"{self.gpu_hours:.2g}"),
+                "unknown": self.unknown,
+            },
+            "assumptions": list(self.assumptions),
+            "warnings": list(self.warnings),
+            "commands": list(self.commands),
+        }
+
+    def __rich__(self) -> Any:
+        from medtrain.cluster.plan_table import plan_view
+
+        return plan_view(self)
+
+
+def make_plan(run: Run, config: RunConfig, selection: Selection, config_name: str) -> RunPlan:
+    """What `submit` would queue, with estimates.
+
+    Args:
+        run: whose receipts tell what is done.
+        config: the run's configuration.
+        selection: stages to plan.
+        config_name: the configuration as it was given, for the commands to type.
+
+    Raises:
+        ConfigError: the selection is wrong.
+        DataError: a file that the configuration names is not there.
+    """
+    chosen = selection.stages()
+    known = table(run, config)
+    state = {stage.name: standing.state for stage, standing, _ in known}
+    estimator = Estimator(run, config, known)
+    # As `submit` does: what comes after a stage that is not done may have to be made anew.
+    first = next(
+        (i for i, s in enumerate(chosen) if state[s.name] != "done" or s.name in selection.force),
+        len(chosen),
+    )
+    done = [_done(stage, estimator) for stage in chosen[:first]]
+    jobs = [*done, *_jobs(config, estimator, chosen[first:])]
+    before = [s.name for s in needed_before(chosen[0], run, config) if state[s.name] != "done"]
+    return RunPlan(
+        run=run,
+        jobs=tuple(jobs),
+        assumptions=(_about_rows(estimator, config_name), _about_speed(config, jobs)),
+        warnings=tuple(warnings_of(jobs, config)),
+        commands=tuple(_commands(config, config_name, jobs, before, selection)),
+    )
+
+
+def _done(stage: Stage, estimator: Estimator) -> PlannedJob:
+    receipt = estimator.receipts.get(stage.name)
+    seconds = float(receipt["seconds"]) if receipt else None
+    verb = "train" if stage.trains else "run"
+    return PlannedJob(stage.name, "done", ((verb, stage.name, ""),), "cpu", 1, 1, 0, None, seconds,
+                      0.0, "measured")  # fmt: skip
+
+
+def _jobs(config: RunConfig, estimator: Estimator, stages: Sequence[Stage]) -> Iterator[PlannedJob]:
+    for job in plan_chain(steps_of(stages, config), config):
+        wanted, took = resources_of(config, job.kind), estimator.task(job)
+        yield PlannedJob(
+            key=job.key,
+            state="to do",
+            steps=job.steps,
+            kind=job.kind,
+            tasks=max(1, len(job.tasks)),
+            nodes=wanted.nodes or 1,
+            gpus=wanted.gpus or 0,
+            time_limit_s=wanted.time_min * 60.0 if wanted.time_min else None,
+            task_s=took.seconds,
+            load_s=took.load_s,
+            basis=took.basis,
+            note=took.note,
+        )
+
+
+def warnings_of(jobs: Sequence[PlannedJob], config: RunConfig) -> Iterator[str]:
+    """What is out of proportion, with its remedy."""
+    for job in jobs:
+        if job.state == "to do" and job.task_s is not None:
+            yield from _against_its_limit(job, job.task_s, config)
+            if job.steps[0][0] == "shards":
+                yield from _against_its_shards(job, job.task_s, config)
+
+
+def _against_its_limit(job: PlannedJob, task_s: float, config: RunConfig) -> Iterator[str]:
+    if job.time_limit_s is None or task_s <= job.time_limit_s:
+        return
+    useful_s = max(60.0, job.time_limit_s - config.cluster.signal_delay_s - job.load_s)
+    times, limit = ceil((task_s - job.load_s) / useful_s) - 1, config.cluster.max_requeues
+    beyond = f", more than cluster.max_requeues={limit} allows" if times > limit else ""
+    often = f"{times} times" if times > 1 else "once"
+    yield (
+        f"{job.key}: a task takes about {duration(task_s)} and its time limit is "
+        f"{duration(job.time_limit_s)}, so it will be requeued {often}{beyond}; "
+        f"cluster.stages.{job.kind}.time_min sets it"
+    )
+
+
+def _against_its_shards(job: PlannedJob, task_s: float, config: RunConfig) -> Iterator[str]:
+    section = "judge" if job.kind == "judge" else job.steps[0][1]
+    shards: int = getattr(config, section).num_shards
+    compute_s = task_s - job.load_s
+    if shards > 1 and compute_s < job.load_s:
+        fitting = max(1, int(shards * compute_s / (4 * job.load_s)))
+        yield (
+            f"{job.key}: loading the model ({duration(job.load_s)}) takes longer than the work of "
+            f"a task ({duration(compute_s)}): {section}.num_shards={fitting} wastes less"
+        )
+    if task_s > _LONG_S:
+        fitting = ceil(shards * compute_s / _GOOD_S)
+        yield (
+            f"{job.key}: a task takes about {duration(task_s)}: {section}.num_shards={fitting} "
+            f"makes that {duration(_GOOD_S)}"
+        )
+
+
+def _about_rows(estimator: Estimator, config_name: str) -> str:
+    sizes = estimator.sizes
+    if sizes.prepared:
+        return (
+            f"Rows and tokens as the data card counts them ({sizes.row_tokens:,.0f} tokens a "
+            "training row)."
+        )
+    return (
+        f"Rows: at most what the configuration's limits allow, {sizes.row_tokens:,.0f} tokens each "
+        f"(half of sft.max_length); they are counted after: medtrain prepare {config_name}"
+    )
+
+
+def _about_speed(config: RunConfig, jobs: Sequence[PlannedJob]) -> str:
+    kinds = {job.kind for job in jobs if job.gpus}
+    asked = [gpu_of(resources_of(config, kind)) for kind in sorted(kinds)]
+    if not kinds:
+        return "No job uses a GPU."
+    named = {gpu.name for gpu in asked if gpu is not None}
+    gpus = ", ".join(sorted(named | ({"A100 40 GB where none is named"} if None in asked else set())))
+    floor_ms = STEP_FLOOR_S["transformers"] * 1e3
+    return (
+        f"GPU: {gpus}. Estimated, not promised: training 6 FLOPs a parameter and token (DPO 8, a "
+        f"forward pass less without checkpointing) at {TRAINING_SHARE:.0%} of its peak; decoding at "
+        f"{DECODING_SHARE:.0%} of its memory bandwidth, {floor_ms:.0f} ms a step or more; weights "
+        f"load at {LOAD_BYTES_PER_S / 1e9:g} GB/s."
+    )
+
+
+def _commands(
+    config: RunConfig,
+    config_name: str,
+    jobs: Sequence[PlannedJob],
+    before: Sequence[str],
+    selection: Selection,
+) -> Iterator[str]:
+    if all(job.state == "done" for job in jobs):
+        return
+    if before:
+        yield f"medtrain submit {config_name} --until {before[-1]}"
+    if config.cluster.offline and (models_needed(config) or datasets_needed(config)):
+        yield f"medtrain prepare {config_name} --fetch"
+    judge, judges = config.judge, any(job.kind == "judge" for job in jobs if job.state == "to do")
+    if judges and judge.kind == "openai" and not judge.base_url:
+        if judge.api_key_env not in {*os.environ, *read_secrets(config.cluster.secrets_file)}:
+            yield f"export {judge.api_key_env}=…"
+    chosen = {"--from": selection.start, "--until": selection.until, "--only": selection.only}
+    options = "".join(f" {option} {name}" for option, name in chosen.items() if name)
+    yield f"medtrain submit {config_name}{options}"
