@@ -1,6 +1,6 @@
 """What resuming, marking, journaling and publishing cost a shard, as a share of its time.
 
-    python bench/journal.py [--rows 500] [--row-ms 20] [--row-bytes 1500] [--directory DIR]
+    python bench/journal.py [--rows 1000] [--row-ms 20] [--row-bytes 1500] [--directory DIR]
 
 One shard whose rows take 20 ms each (slept), in batches of one (the dearest) and of 16. The work
 clocks itself: all other time of the attempt counts as the protocol's, the fsyncs included. Choose
@@ -30,7 +30,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--rows", type=int, default=1_000)
     parser.add_argument("--row-ms", type=float, default=20.0)
     parser.add_argument("--row-bytes", type=int, default=1_500)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))

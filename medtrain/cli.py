@@ -81,9 +81,15 @@ def prepare(
     preview: Annotated[
         int, typer.Option("--preview", min=0, help="Show this many rows with coloured loss masks.")
     ] = 0,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Only download what the run takes from the hub.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Read, clean, deduplicate and split the data; check the loss masks."""
+    if fetch:
+        _fetch(config, overrides)
+        return
     _run_one("prepare", config, overrides, force)
     if preview:
         from medtrain.console import Console
@@ -91,6 +97,16 @@ def prepare(
 
         loaded, a_run = load(config, overrides)
         show_preview(a_run, loaded, Console(a_run.log), preview)
+
+
+def _fetch(config: str, overrides: list[str] | None) -> None:
+    from medtrain.cluster.site import job_environment
+    from medtrain.console import Console, quiet_libraries
+    from medtrain.data.fetch import fetch
+
+    loaded, a_run = load(config, overrides)
+    quiet_libraries()
+    fetch(loaded, Console(a_run.log), job_environment(loaded))
 
 
 def _stage_verb(name: str, help_text: str) -> None:
@@ -137,11 +153,11 @@ def status(
     """Show the stages of a run, their counts, and what is next."""
     import json
 
+    from medtrain.cluster.board import Board
     from medtrain.console import Console
-    from medtrain.status import run_status
 
     config, a_run = load(run_or_config, overrides)
-    found = run_status(a_run, config)
+    found = Board(a_run, config).look()
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
     else:

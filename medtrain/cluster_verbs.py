@@ -1,8 +1,9 @@
-"""The verbs that know Slurm: submit, resume, cancel, collect, watch, logs, doctor, and what a job
+"""The verbs that know Slurm: plan, submit, resume, cancel, collect, watch, logs, doctor, and what a job
 calls. Everything is imported when a verb runs."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -34,9 +35,33 @@ StageArgument = Annotated[str, typer.Argument(metavar="STAGE")]
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
-    for verb in (submit, resume, cancel, collect, watch, logs, doctor):
+    for verb in (plan, submit, resume, cancel, collect, watch, logs, doctor):
         app.command()(verb)
     app.add_typer(job, name="job", hidden=True)
+
+
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    start: From = None,
+    until: Until = None,
+    only: Only = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what `submit` would queue, with estimates of GPU-hours; touch nothing."""
+    import json
+
+    from medtrain.cluster.plan import make_plan
+    from medtrain.console import Console
+    from medtrain.selection import Selection
+
+    loaded, a_run = load(config, overrides)
+    typed = " ".join([config, *map(shlex.quote, overrides or [])])
+    planned = make_plan(a_run, loaded, Selection(start, until, only), typed)
+    if as_json:
+        typer.echo(json.dumps(planned.to_json(), indent=2))
+    else:
+        Console().show(planned)
 
 
 def submit(

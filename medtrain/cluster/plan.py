@@ -253,7 +253,9 @@ def _about_speed(config: RunConfig, jobs: Sequence[PlannedJob]) -> str:
     if not kinds:
         return "No job uses a GPU."
     named = {gpu.name for gpu in asked if gpu is not None}
-    gpus = ", ".join(sorted(named | ({"A100 40 GB where none is named"} if None in asked else set())))
+    gpus = ", ".join(
+        sorted(named | ({"A100 40 GB where none is named"} if None in asked else set()))
+    )
     floor_ms = STEP_FLOOR_S["transformers"] * 1e3
     return (
         f"GPU: {gpus}. Estimated, not promised: training 6 FLOPs a parameter and token (DPO 8, a "

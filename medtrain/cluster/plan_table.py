@@ -70,7 +70,9 @@ def _total(plan: RunPlan) -> str:
     if not jobs:
         return "Every chosen stage is done: nothing would be queued."
     tasks = sum(job.tasks for job in jobs)
-    count = f"{len(jobs)} job{'' if len(jobs) == 1 else 's'}, {tasks:,} task{'' if tasks == 1 else 's'}"
+    count = (
+        f"{len(jobs)} job{'' if len(jobs) == 1 else 's'}, {tasks:,} task{'' if tasks == 1 else 's'}"
+    )
     if not any(job.gpus for job in jobs):
         return f"{count}, no GPUs"
     if plan.unknown:

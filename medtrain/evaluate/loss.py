@@ -47,6 +47,8 @@ class HeldOutLoss:
     """By example id; a row none of whose supervised tokens fits the model is absent."""
     cut: int
     """Rows longer than the model's context, measured up to its end."""
+    failed: int = 0
+    """Rows that were given up on because they killed their process."""
 
     @property
     def tokens(self) -> int:
@@ -62,7 +64,8 @@ class HeldOutLoss:
     def note(self) -> str:
         """How it was measured."""
         cut = f", {self.cut} rows cut at the model's context" if self.cut else ""
-        return f"nats a token over {self.tokens} tokens of the reference answers{cut}"
+        failed = f", {self.failed} rows failed" if self.failed else ""
+        return f"nats a token over {self.tokens} tokens of the reference answers{cut}{failed}"
 
     def of(self, example_id: str) -> float | None:
         """Nats a token of one row."""
@@ -76,7 +79,8 @@ class HeldOutLoss:
         Raises:
             DataError: not one supervised token fits the model's context.
         """
-        lines = list(read_jsonl(collected))
+        everything = list(read_jsonl(collected))
+        lines = [line for line in everything if "error" not in line]
         rows = {line["id"]: RowLoss(line["nats"], line["tokens"]) for line in lines}
         measured = {row_id: row for row_id, row in rows.items() if row.tokens}
         if not measured:
@@ -84,7 +88,8 @@ class HeldOutLoss:
                 "No reference answer fits the model's context, so there is no held-out loss",
                 fix="Set evaluate.held_out_loss=false, or use shorter evaluation rows.",
             )
-        return cls(measured, sum(line["cut"] for line in lines))
+        failed = len(everything) - len(lines)
+        return cls(measured, sum(line["cut"] for line in lines), failed)
 
 
 def encode_references(chat: ChatTokenizer, examples: Sequence[Example]) -> list[Encoded]:

@@ -94,7 +94,7 @@ def _judged(run: Run, collected: _Collected) -> Iterator[Preference]:
     for row_id, found in candidates.items():
         if len(found) < 2:
             collected.drop(row_id, "too few candidates")
-    for example_id, verdicts in groupby(read_jsonl(run.verdicts), key=lambda row: row["example"]):
+    for example_id, verdicts in groupby(read_jsonl(run.verdicts), key=_example_of):
         if example_id not in examples or example_id not in candidates:
             raise DataError(
                 f"{run.verdicts} judges the prompt {example_id}, which has no candidates",
@@ -105,6 +105,11 @@ def _judged(run: Run, collected: _Collected) -> Iterator[Preference]:
         if best is not None:
             answers = {candidate["index"]: candidate for candidate in candidates[example_id]}
             yield _preference(examples[example_id], answers[best.winner], answers[best.loser])
+
+
+def _example_of(verdict: dict[str, Any]) -> str:
+    """The prompt that a verdict is about; of a row that killed its process, only the id is left."""
+    return str(verdict["id"].rpartition(":")[0])
 
 
 def _decided(row: dict[str, Any], collected: _Collected) -> _Decided | None:

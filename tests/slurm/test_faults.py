@@ -6,6 +6,7 @@ shard for as long as the test needs, and counts how often each row was asked for
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections import Counter
@@ -164,5 +165,7 @@ def test_a_row_that_kills_its_process_each_time_is_given_up_and_reported(
     assert b"its process died" in lines[12]
     assert b'"quarantined": true' in lines[12]
     assert server.asked - Counter({MIDDLE: 9}) == EACH_ONCE - Counter([MIDDLE])
-    status = chain.medtrain("status", chain.run.root)
-    assert "failed 1" in status, status
+    judge = next(stage for stage in chain.status()["stages"] if stage["name"] == "judge")
+    assert judge["counts"]["failed"] == 1
+    reasons = [json.loads(line)["reason"] for line in chain.run.dropped_pairs.open()]
+    assert reasons.count("failed") == 1
