@@ -1,5 +1,5 @@
-"""The verbs that know Slurm: plan, submit, resume, cancel, collect, watch, logs, doctor, and what a job
-calls. Everything is imported when a verb runs."""
+"""The verbs that know Slurm: plan, submit, resume, cancel, collect, watch, logs, doctor, and what a
+job calls. Everything is imported when a verb runs."""
 
 from __future__ import annotations
 

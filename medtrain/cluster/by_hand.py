@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from medtrain.cluster.chain import is_last_phase, phase_of
 from medtrain.cluster.ledger import Step
+from medtrain.cluster.local import with_shards_for
 from medtrain.cluster.repair import missing_tasks
 from medtrain.cluster.requeue import requeue
 from medtrain.cluster.steps import LOCK_WAIT_S, run_step
@@ -24,7 +25,14 @@ from medtrain.files import write_text
 from medtrain.inputs import anchored
 from medtrain.pipeline import Pipeline
 from medtrain.run import Run
-from medtrain.shards import Phase, UnsoundShardError, attempt_units, missing_units, open_phase
+from medtrain.shards import (
+    Phase,
+    Unit,
+    UnsoundShardError,
+    attempt_units,
+    missing_units,
+    open_phase,
+)
 from medtrain.stages import STAGES, Stage, by_name
 
 
@@ -69,7 +77,7 @@ def shards_of_this_task(run: Run, config: RunConfig, stage: str, console: Consol
         console.event("stage_skip", f"{stage} is finished", stage=stage)
         return
     with run.lock(wait_s=LOCK_WAIT_S):
-        _begin(run, config, pipeline, step)
+        _begin(run, config, pipeline, step, place)
     signal.signal(signal.SIGUSR1, _stop)
     try:
         with phase_of(step).open(run, config) as phase:
@@ -130,25 +138,23 @@ def _next_phase(run: Run, config: RunConfig, stage: Stage) -> Step | None:
     return ("shards", stage.name, phases[-1].name)
 
 
-def _begin(run: Run, config: RunConfig, pipeline: Pipeline, step: Step) -> None:
-    """The first task of an array begins the stage; the others find it begun."""
+def _begin(run: Run, config: RunConfig, pipeline: Pipeline, step: Step, place: ArrayPlace) -> None:
+    """The first task of an array begins the stage, with a shard for every task at least; the others
+    find it begun."""
     stage = by_name(step[1])
     fingerprint = pipeline.fingerprint(stage).digest
     if pipeline.lineage.started(stage.name) != fingerprint:
         write_text(run.config, dump_config(anchored(config)))
         pipeline.begin(stage)
-    with phase_of(step).open(run, config) as phase:
+    dealt_out = with_shards_for(config, place.size) if place.strided else config
+    with phase_of(step).open(run, dealt_out) as phase:
         if not all((s.directory / "plan.json").exists() for s in phase.sets):
             open_phase(phase)
 
 
-def _share(phase: Phase, place: ArrayPlace) -> list[tuple[str, int]]:
-    units = sorted((unit for s in phase.sets for unit in _units(s.key, s.num_shards)),
-                   key=lambda unit: (unit[1], unit[0]))  # fmt: skip
+def _share(phase: Phase, place: ArrayPlace) -> list[Unit]:
+    """What is missing and falls to this task."""
+    units = sorted(missing_units(phase), key=lambda unit: (unit[1], unit[0]))
     if place.strided:
         return [unit for unit in units if unit[1] % place.size == place.task]
     return [unit for unit in units if unit[1] == place.task]
-
-
-def _units(key: str, num_shards: int) -> list[tuple[str, int]]:
-    return [(key, shard) for shard in range(num_shards)]

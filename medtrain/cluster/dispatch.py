@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medtrain.cluster.chain import ChainJob
-from medtrain.cluster.ledger import Condition, Ledger, Submission
+from medtrain.cluster.ledger import NO_REPAIR, Condition, Ledger, Repair, Submission
 from medtrain.cluster.sbatch import flags, sbatch, train_script
 from medtrain.cluster.site import (
     Options,
@@ -62,7 +62,7 @@ class Dispatcher:
         job: ChainJob,
         waits_for: Mapping[str, Sequence[str]],
         *,
-        repair_round: int = 0,
+        repair: Repair = NO_REPAIR,
         exclude: str = "",
     ) -> Submission:
         """Submit a job once.
@@ -70,7 +70,7 @@ class Dispatcher:
         Args:
             job: what is to be done.
             waits_for: key → job ids of the jobs it depends on; a key that is not there is done.
-            repair_round: 0, or the round of repair it belongs to.
+            repair: the round of repair it belongs to.
             exclude: nodes to keep off besides those of the configuration.
 
         Raises:
@@ -83,7 +83,7 @@ class Dispatcher:
             after=job.after,
             tasks=job.tasks,
             gpus=total_gpus(self.config, job.kind),
-            repair_round=repair_round,
+            repair=repair,
         )
         if intent is None:
             raise TryAgainError(

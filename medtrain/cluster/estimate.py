@@ -155,7 +155,7 @@ class Estimator:
         if tokens is None or not gpus:
             return None
         flops = tokens * flops_a_token(self.config, "sft", self.parameters)
-        return flops / self.receipts["sft"]["seconds"] / gpus * self._devices(kind)
+        return flops / float(self.receipts["sft"]["seconds"]) / gpus * self._devices(kind)
 
     def _left(self, stage: Trained) -> float:
         """The share of a training's steps that its checkpoints do not hold yet."""

@@ -1,7 +1,7 @@
 """How fast a GPU is, and how large a model: what an estimate of seconds is made from.
 
-`cluster.gpu_type` and `constraint` → a row of the table (dense tensor-core peak and memory bandwidth
-as NVIDIA's data sheets give them) → FLOP/s and bytes/s that are really reached, by stated shares.
+`cluster.gpu_type` and `constraint` → a row of the table (dense tensor-core peak and memory
+bandwidth, as NVIDIA's data sheets give them) → seconds, by the shares of both that are reached.
 `model.base` → parameters, from a directory's safetensors headers or from the name.
 """
 
@@ -98,6 +98,6 @@ def _tensor_elements(file: Path) -> int | None:
     try:
         with file.open("rb") as handle:
             header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-        return sum(prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+        return int(sum(prod(t["shape"]) for name, t in header.items() if name != "__metadata__"))
     except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError):
         return None  # whoever loads it says what is wrong with it

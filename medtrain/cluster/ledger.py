@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from medtrain.errors import DataError
 from medtrain.files import publish, read_sealed, sealed
@@ -28,6 +28,19 @@ Step = tuple[str, str, str]
 Condition = Literal["afterok", "afterany"]
 COMMENT_PREFIX = "medtrain:"
 _INTENT = re.compile(r"^(?P<key>[a-z][a-z.-]*)\.(?P<number>\d{3,})\.json$")
+
+
+class Repair(NamedTuple):
+    """A round in which missing shards are computed; 0 is the chain's own array."""
+
+    round: int = 0
+    in_vain: int = 0
+    """Rounds up to this one before which no row had been finished since the one before."""
+    rows: int = 0
+    """Finished rows of the phase when it was submitted."""
+
+
+NO_REPAIR = Repair()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +62,8 @@ class Submission:
     """Of an array: what each task does. Empty for a plain job."""
     gpus: int = 0
     """GPUs of one task (of all nodes together, in training)."""
-    round: int = 0
-    """0, or the round of repair it belongs to."""
+    repair: Repair = NO_REPAIR
+    """Which round of repair it belongs to."""
     made_by: str = ""
     """host:pid of the submitter."""
     made_at: str = ""
@@ -116,7 +129,7 @@ class Ledger:
         after: Iterable[tuple[str, Condition]] = (),
         tasks: Iterable[Iterable[Unit]] = (),
         gpus: int = 0,
-        repair_round: int = 0,
+        repair: Repair = NO_REPAIR,
     ) -> Submission | None:
         """Publish an intent; None if somebody else has just published the same one."""
         number = sum(1 for s in self.all() if s.key == key)
@@ -128,7 +141,7 @@ class Ledger:
             after=tuple(after),
             tasks=tuple(tuple(units) for units in tasks),
             gpus=gpus,
-            round=repair_round,
+            repair=repair,
             made_by=f"{socket.gethostname()}:{os.getpid()}",
             made_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         )
@@ -185,6 +198,7 @@ def _from_json(tree: dict[str, Any]) -> Submission:
         **{
             **tree,
             "steps": tuple((verb, stage, phase) for verb, stage, phase in tree["steps"]),
+            "repair": Repair(*tree["repair"]),
             "after": tuple((key, condition) for key, condition in tree["after"]),
             "tasks": tuple(tuple((name, shard) for name, shard in task) for task in tree["tasks"]),
         }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ _POLL_S = 0.5
 _FILES_EVERY_S = 3.0
 _BLOCK = 1 << 16
 _MOST_BYTES = 1 << 22
-"""Read at a time while following; a file that grows faster is caught up with."""
+"""Read at a time; a progress bar may have written one line of any length."""
 
 # CSI and OSC sequences whole, so that no `[31m` stays behind; then every other control character.
 _SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-_]")
@@ -55,6 +55,8 @@ def show_logs(run: Run, stage: str | None, *, follow: bool, lines: int, console:
     """
     _check(stage)
     found = log_files(run, stage)
+    # What is added from now on is new, also while the lines before it are being shown.
+    ends = {path: path.stat().st_size for path in found}
     if not found and not follow:
         raise ConfigError(
             f"{stage or run.name} has no log yet",
@@ -65,12 +67,12 @@ def show_logs(run: Run, stage: str | None, *, follow: bool, lines: int, console:
     printer = _Printer(console, run)
     # The most important last, where a terminal ends.
     for path in reversed(shown):
-        printer.show(path, last_lines(path, lines), many=len(found) > 1)
+        printer.show(path, last_lines(path, lines, ends[path]), many=len(found) > 1)
     if len(found) > len(shown):
         console.show(Text(f"{len(found) - len(shown)} more logs in {shown[-1].parent}", "dim"))
     if follow:
         with suppress(KeyboardInterrupt):
-            _follow(run, stage, found, printer)
+            _follow(run, stage, ends, printer)
 
 
 def log_files(run: Run, stage: str | None) -> list[Path]:
@@ -92,11 +94,11 @@ def _places(run: Run, stage: str | None) -> list[Path]:
     return places
 
 
-def last_lines(path: Path, count: int) -> list[str]:
-    """The last lines of a file, read from its end."""
+def last_lines(path: Path, count: int, end: int | None = None) -> list[str]:
+    """The last lines of a file up to a byte, by default all of it, read backwards."""
     with path.open("rb") as handle:
-        position, data = handle.seek(0, os.SEEK_END), b""
-        while position > 0 and data.count(b"\n") <= count:
+        position, data = handle.seek(0, os.SEEK_END) if end is None else end, b""
+        while position > 0 and data.count(b"\n") <= count and len(data) < _MOST_BYTES:
             step = min(_BLOCK, position)
             position -= step
             handle.seek(position)
@@ -196,8 +198,8 @@ class _Tail:
         return [line.decode("utf-8", "replace") for line in whole]
 
 
-def _follow(run: Run, stage: str | None, shown: Sequence[Path], printer: _Printer) -> None:
-    tails = {path: _Tail(path, position=path.stat().st_size) for path in shown}
+def _follow(run: Run, stage: str | None, ends: Mapping[Path, int], printer: _Printer) -> None:
+    tails = {path: _Tail(path, position) for path, position in ends.items()}
     looked = time.monotonic()
     while True:
         for path, tail in tails.items():

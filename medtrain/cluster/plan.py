@@ -1,8 +1,8 @@
 """`medtrain plan`: what would run, what it is likely to take, and what a person does first.
 
 stages that are done, by their receipts → jobs of the others, as `submit` would queue them → an
-estimate of each (medtrain.cluster.estimate) → one table, a total, the assumptions, warnings, and the
-commands. Nothing is written, no job is asked for, Slurm need not be there.
+estimate of each (medtrain.cluster.estimate) → one table, a total, the assumptions, warnings, and
+the commands. Nothing is written, no job is asked for, Slurm need not be there.
 """
 
 from __future__ import annotations
@@ -256,12 +256,11 @@ def _about_speed(config: RunConfig, jobs: Sequence[PlannedJob]) -> str:
     gpus = ", ".join(
         sorted(named | ({"A100 40 GB where none is named"} if None in asked else set()))
     )
-    floor_ms = STEP_FLOOR_S["transformers"] * 1e3
     return (
-        f"GPU: {gpus}. Estimated, not promised: training 6 FLOPs a parameter and token (DPO 8, a "
-        f"forward pass less without checkpointing) at {TRAINING_SHARE:.0%} of its peak; decoding at "
-        f"{DECODING_SHARE:.0%} of its memory bandwidth, {floor_ms:.0f} ms a step or more; weights "
-        f"load at {LOAD_BYTES_PER_S / 1e9:g} GB/s."
+        f"GPU: {gpus}. Guessed: training 6 FLOPs a parameter and token (DPO 8) at "
+        f"{TRAINING_SHARE:.0%} of its peak; decoding at {DECODING_SHARE:.0%} of its memory "
+        f"bandwidth, {STEP_FLOOR_S['transformers'] * 1e3:.0f} ms a step or more; weights load at "
+        f"{LOAD_BYTES_PER_S / 1e9:g} GB/s."
     )
 
 
@@ -278,9 +277,11 @@ def _commands(
         yield f"medtrain submit {config_name} --until {before[-1]}"
     if config.cluster.offline and (models_needed(config) or datasets_needed(config)):
         yield f"medtrain prepare {config_name} --fetch"
-    judge, judges = config.judge, any(job.kind == "judge" for job in jobs if job.state == "to do")
-    if judges and judge.kind == "openai" and not judge.base_url:
-        if judge.api_key_env not in {*os.environ, *read_secrets(config.cluster.secrets_file)}:
+    judge = config.judge
+    asks = any(job.kind == "judge" and job.state == "to do" for job in jobs)
+    if asks and judge.kind == "openai" and not judge.base_url:
+        named = {*os.environ, *read_secrets(config.cluster.secrets_file)}
+        if judge.api_key_env not in named:
             yield f"export {judge.api_key_env}=…"
     chosen = {"--from": selection.start, "--until": selection.until, "--only": selection.only}
     options = "".join(f" {option} {name}" for option, name in chosen.items() if name)

@@ -33,7 +33,12 @@ def _table(plan: RunPlan) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in columns:
         right = column in _RIGHT
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+        table.add_column(
+            column,
+            justify="right" if right else "left",
+            overflow="fold",
+            no_wrap=column in ("job", "state", *_RIGHT),
+        )
     for job in plan.jobs:
         table.add_row(*_cells(job), style="dim" if job.state == "done" else None)
     return table

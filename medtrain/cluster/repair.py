@@ -13,7 +13,7 @@ from typing import Any
 
 from medtrain.cluster.chain import ChainJob, phase_of
 from medtrain.cluster.dispatch import Dispatcher, dependency_of
-from medtrain.cluster.ledger import Ledger, Step, Submission
+from medtrain.cluster.ledger import Ledger, Repair, Step, Submission
 from medtrain.cluster.slurm import Slurm
 from medtrain.config import RunConfig
 from medtrain.console import Console
@@ -27,12 +27,16 @@ from medtrain.errors import (
 )
 from medtrain.files import read_json
 from medtrain.run import Run
-from medtrain.shards import Unit, missing_units, take_for_dead
+from medtrain.shards import Unit, missing_units, shard_progress, take_for_dead
 
 Tasks = tuple[tuple[Unit, ...], ...]
 _NOT_WORTH_REPEATING = (ConfigError.exit_code, DataError.exit_code)
 PATIENCE_S = 5.0
 """How long an absent file is looked for again: network file systems remember absence that long."""
+
+
+_MOST_ROUNDS = 20
+"""However much each of them finishes: a cluster's time is not ours to burn."""
 
 
 def repair(run: Run, config: RunConfig, console: Console, closing: Submission, step: Step) -> None:
@@ -52,12 +56,18 @@ def repair(run: Run, config: RunConfig, console: Console, closing: Submission, s
     tasks = missing_tasks(run, config, step, jobs_are_over=True)
     failures = failures_of(run, f"{step[1]}.{step[2]}")
     _check_failures(run, failures)
-    if closing.round >= config.cluster.repair_rounds:
-        raise _given_up(run, step, tasks, closing.round, failures)
-    bad_nodes = sorted({f["host"] for f in failures if f["exit_code"] == BadNodeError.exit_code})
+    rows = _finished_rows(run, config, step)
+    # A round that finished rows, or gave up on one that kills its process, was not in vain.
+    before = closing.repair
+    now = Repair(before.round + 1, before.in_vain + (rows <= before.rows), rows)
+    if now.in_vain > config.cluster.repair_rounds or now.round > _MOST_ROUNDS:
+        raise _given_up(run, step, tasks, before.round, failures)
+    bad_nodes = ",".join(
+        sorted({f["host"] for f in failures if f["exit_code"] == BadNodeError.exit_code})
+    )
     try:
         with run.submitting():
-            _submit_again(run, config, closing, step, tasks, ",".join(bad_nodes))
+            _submit_again(run, config, closing, step, tasks, now, bad_nodes)
     except (ConfigError, OSError) as error:
         raise TryAgainError(
             f"{len(tasks)} tasks of {step[1]} are missing, and this node cannot submit jobs "
@@ -70,7 +80,7 @@ def repair(run: Run, config: RunConfig, console: Console, closing: Submission, s
         stage=step[1],
         phase=step[2],
         tasks=len(tasks),
-        round=closing.round + 1,
+        round=now.round,
     )
 
 
@@ -124,8 +134,19 @@ def move_dependents(ledger: Ledger, slurm: Slurm, key: str) -> None:
             slurm.set_dependency(job_id, dependency_of(submission.after, newest))
 
 
+def _finished_rows(run: Run, config: RunConfig, step: Step) -> int:
+    with phase_of(step).open(run, config) as phase:
+        return sum(shard_progress(s.directory).done for s in phase.sets)
+
+
 def _submit_again(
-    run: Run, config: RunConfig, closing: Submission, step: Step, tasks: Tasks, exclude: str
+    run: Run,
+    config: RunConfig,
+    closing: Submission,
+    step: Step,
+    tasks: Tasks,
+    repair: Repair,
+    exclude: str,
 ) -> None:
     slurm = Slurm()
     dispatcher = Dispatcher(run, config, max_array_size=slurm.max_array_size())
@@ -133,12 +154,11 @@ def _submit_again(
     array = ChainJob(key, phase_of(step).kind, (("shards", step[1], step[2]),), (), tasks)
     steps = closing.steps[closing.steps.index(step) :]
     collect = ChainJob(closing.key, "cpu", steps, ((key, "afterany"),))
-    again = closing.round + 1
     waits_for = {}
     if tasks:  # a process that Slurm had lost may have finished its shard meanwhile
-        submitted = dispatcher.submit(array, {}, repair_round=again, exclude=exclude)
+        submitted = dispatcher.submit(array, {}, repair=repair, exclude=exclude)
         waits_for = {key: submitted.job_ids}
-    dispatcher.submit(collect, waits_for, repair_round=again)
+    dispatcher.submit(collect, waits_for, repair=repair)
     move_dependents(dispatcher.ledger, slurm, closing.key)
 
 

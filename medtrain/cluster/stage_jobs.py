@@ -103,7 +103,7 @@ class StageJobs:
             starts_at=first.starts_at if first else None,
             elapsed_s=max((task.elapsed_s for _, task in self.running), default=0),
             requeues=self.requeues,
-            repair_round=max(s.round for s in self.submissions),
+            repair_round=max(s.repair.round for s in self.submissions),
             ended=_said_of(self.failed),
         )
 

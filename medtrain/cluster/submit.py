@@ -29,7 +29,7 @@ from medtrain.inputs import anchored
 from medtrain.pipeline import Pipeline
 from medtrain.run import Run
 from medtrain.selection import Selection
-from medtrain.stages import Stage, needed_before
+from medtrain.stages import STAGES, Stage, needed_before
 
 _SUBMITTER_DIES_AFTER_S = 120.0
 """An intent of another machine without a note of job ids is a dead submitter's after this long."""
@@ -79,8 +79,10 @@ def submit_chain(run: Run, config: RunConfig, console: Console, selection: Selec
 
 
 def resume_chain(run: Run, console: Console) -> Queued:
-    """Queue what is missing of a run under the configuration it has."""
-    return submit_chain(run, load_config(run.config), console, Selection())
+    """Queue what is missing of a run under the configuration it has, as far as it was submitted."""
+    ever = {stage for submission in Ledger(run).all() for stage in submission.stages}
+    last = next((stage.name for stage in reversed(STAGES) if stage.name in ever), None)
+    return submit_chain(run, load_config(run.config), console, Selection(until=last))
 
 
 def cancel_chain(run: Run, slurm: Slurm | None = None) -> list[Submission]:

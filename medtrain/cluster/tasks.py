@@ -8,12 +8,14 @@ Every one of them may be run again at any moment, and at the same time as anothe
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from medtrain.cluster.ledger import Ledger, Submission
@@ -29,6 +31,10 @@ from medtrain.shards import attempt_units
 
 class _Preempted(BaseException):
     """Time is over, or somebody else needs the node: not an error that anything may catch."""
+
+
+class _Terminated(BaseException):
+    """Slurm ends the job, and knows whether it is to run again."""
 
 
 @dataclass
@@ -61,9 +67,14 @@ class _Task:
         return run.job_folder(self.key, self.number) / "failure.json"
 
     def _guarded(self, run: Run, work: Callable[[], None]) -> None:
+        # submitit ignores it, and the kill that follows would look like the rows' fault.
+        signal.signal(signal.SIGTERM, _terminate)
         try:
             work()
+        except _Terminated:
+            raise SystemExit(128 + signal.SIGTERM) from None
         except _Preempted:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             requeue(load_config(run.config).cluster.max_requeues)
             raise SystemExit(TryAgainError.exit_code) from None
         except Exception as error:
@@ -119,6 +130,12 @@ def open_run(run: Run) -> tuple[RunConfig, Console]:
     config = load_config(run.config)
     load_secrets(config.cluster.secrets_file)
     return config, Console(run.log)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    # Once: journals are being closed.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Terminated
 
 
 def _sweep_temporaries() -> None:

@@ -65,7 +65,8 @@ class ClusterConfig(Resources):
     parallelism: int = Field(32, ge=1)
     """Tasks of an array that run at a time."""
     repair_rounds: int = Field(3, ge=0)
-    """How often missing shards are submitted again before a person is asked."""
+    """How often missing shards are submitted again without one more row to show for it, before a
+    person is asked."""
     max_requeues: int = Field(20, ge=0)
     """How often a job that ran into its time limit is requeued."""
     signal_delay_s: int = Field(120, ge=10)
@@ -91,8 +92,7 @@ class ClusterConfig(Resources):
     hf_home: str | None = None
     """Hub cache that login and compute nodes share; null keeps HF_HOME."""
     secrets_file: str | None = None
-    """A file of NAME=value lines that only its owner may read (0600); whoever computes reads it when
-    it starts."""
+    """A file of NAME=value lines that only its owner may read (0600); whoever computes reads it."""
 
     @field_validator("environment")
     @classmethod

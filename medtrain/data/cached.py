@@ -1,8 +1,8 @@
 """Is everything a run takes from the hub in the cache? A look by the loaders themselves.
 
-configuration on stdin → every model's configuration, tokenizer and weight files, every dataset, with
-the hub switched off → one JSON list on stdout: name, commit, and what is missing. A process of its
-own (`python -m medtrain.data.cached`): the hub's libraries read their switches when imported.
+configuration on stdin → every model's configuration, tokenizer and weight files, every dataset,
+with the hub switched off → one JSON list on stdout: name, commit, and what is missing. A process of
+its own (`python -m medtrain.data.cached`): libraries read the switches when they are imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def look_up(config: RunConfig) -> list[dict[str, Any]]:
-    """Everything that comes from the hub: name, why, commit, and `problem` where it is not there."""
+    """Everything that comes from the hub: name, why, commit, and what its `problem` is."""
     return [
         *(_entry(need, _model_commit) for need in models_needed(config)),
         *(_entry(need, _dataset_commit) for need in datasets_needed(config)),

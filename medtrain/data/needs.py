@@ -1,7 +1,7 @@
 """What a run takes from the hub: models and datasets by id.
 
-model.base, evaluate.variants, a judge of kind `model`, the BERTScore encoder, data.sources → hub ids
-with their revisions. Built-in things and local paths are left out.
+model.base, evaluate.variants, a judge of kind `model`, the BERTScore encoder, data.sources → hub
+ids with their revisions. Built-in things and local paths are left out.
 """
 
 from __future__ import annotations

@@ -125,8 +125,9 @@ def measure_losses(
     A batch of the plan is cut further by the rows' lengths and the vocabulary alone, so the figures
     do not move with a setting.
     """
+    # Before the first batch is taken: a death while loading is not the fault of its rows.
+    model = load()
     for rows in batches:
-        model = load()
         context = context_length(model)
         lengths = [int(min(len(row.payload["tokens"]), context)) for row in rows]
         for batch in _batches(lengths, model.config.get_text_config().vocab_size):

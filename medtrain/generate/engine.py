@@ -1,8 +1,9 @@
 """What an engine is, and which one a configuration asks for.
 
 batches of prompts → engine → the answers of every prompt, as they are finished. An engine loads its
-model, or looks for its endpoint, at the first prompt and not before: a stage with nothing left to
-do costs nothing.
+model, or looks for its endpoint, when answers are asked for and not before: a stage with nothing
+left to do costs nothing. It does so before it takes a batch: what is taken is in flight, and blamed
+where its process dies.
 """
 
 from __future__ import annotations

@@ -39,9 +39,10 @@ class TransformersEngine:
         Raises:
             MedtrainError: the device has too little memory, or the model's output is no number.
         """
+        # Before the first batch is taken: a death while loading is not the fault of its rows.
+        if self._model is None:
+            self._model = self._source.load()
         for batch in batches:
-            if self._model is None:
-                self._model = self._source.load()
             context = context_length(self._model)
             fitting = [prompt for prompt in batch if len(prompt.token_ids) < context]
             for prompt in batch:

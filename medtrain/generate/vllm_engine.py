@@ -54,9 +54,10 @@ class VLLMEngine:
             ConfigError: the model has fewer vocabulary rows than the chat format needs.
             MedtrainError: vLLM cannot load the model.
         """
+        # Before the first batch is taken: a death while loading is not the fault of its rows.
+        if self._llm is None:
+            self._llm = self._load()
         for batch in batches:
-            if self._llm is None:
-                self._llm = self._load()
             context = int(self._llm.llm_engine.model_config.max_model_len)
             fitting = [prompt for prompt in batch if len(prompt.token_ids) < context]
             for prompt in batch:

@@ -60,11 +60,14 @@ def open_phase(phase: Phase) -> None:
 
 def attempt_units(phase: Phase, units: Sequence[Unit], console: Console) -> None:
     """One attempt at each of some shards; a shard that the plan does not have is finished."""
+    plans: dict[str, Plan] = {}
     for key, shard in units:
         shard_set = phase.by_key(key)
         if shard_set is None:
             continue
-        plan = standing_plan(shard_set)
+        if key not in plans:
+            plans[key] = standing_plan(shard_set)
+        plan = plans[key]
         if shard < len(plan.shards):
             rows = len(plan.positions(shard))
             with _progress(console, f"{shard_set.title}, shard {shard}", rows) as on_row:
@@ -74,10 +77,11 @@ def attempt_units(phase: Phase, units: Sequence[Unit], console: Console) -> None
 def missing_units(phase: Phase, *, patience_s: float = 0.0) -> list[Unit]:
     """The shards of a phase that have no sound receipt, also when looked at again."""
     deadline = time.monotonic() + patience_s
+    plans = [(s, standing_plan(s)) for s in phase.sets]
     while True:
         missing = [
             (shard_set.key, shard)
-            for shard_set, plan in ((s, standing_plan(s)) for s in phase.sets)
+            for shard_set, plan in plans
             for shard in range(len(plan.shards))
             if receipt_that_holds(plan, shard, ShardFiles(shard_set.directory, shard)) is None
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -147,6 +148,9 @@ def test_following_shows_new_lines_and_new_files_until_ctrl_c(run: Run) -> None:
         env=environment,
     ) as follower:  # fmt: skip
         assert follower.stdout is not None
+        # A line that does not come must not be waited for for ever.
+        watchdog = threading.Timer(60, follower.kill)
+        watchdog.start()
         try:
             assert follower.stdout.readline() == "before\n"
             with first.open("a") as log:
@@ -160,5 +164,6 @@ def test_following_shows_new_lines_and_new_files_until_ctrl_c(run: Run) -> None:
             first.write_text("anew\n")
             assert follower.stdout.readline() == "13_0 │ anew\n"
         finally:
+            watchdog.cancel()
             follower.send_signal(2)
         assert follower.wait(20) == 0

@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePath
 from typing import Any
 from urllib.parse import unquote
 
 _API = re.compile(r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)(?P<rest>/.*)?")
-_FILE = re.compile(r"/(?P<kind>datasets/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<file>.+)")
+_FILE = re.compile(
+    r"/(?P<kind>datasets/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<file>.+)"
+)
 
 
 @dataclass
@@ -43,10 +46,15 @@ class Hub:
     """End a download after this many bytes, once."""
 
     def listing(self, repository: Repository) -> list[dict[str, Any]]:
-        """As the tree endpoints give it."""
-        return [
+        """Files and directories, as the tree endpoints give them."""
+        folders = {str(parent) for name in repository.files for parent in PurePath(name).parents}
+        files = [
             {"type": "file", "path": name, "size": len(data), "oid": _etag(data)}
             for name, data in repository.files.items()
+        ]
+        return files + [
+            {"type": "directory", "path": folder, "oid": repository.commit}
+            for folder in sorted(folders - {"."})
         ]
 
 
@@ -86,8 +94,8 @@ class _Handler(BaseHTTPRequestHandler):
         rest = found["rest"] or ""
         listing = self.hub.listing(repository)
         if rest.startswith("/tree/"):
-            folder = rest.split("/", 3)[3] if rest.count("/") > 2 else ""
-            inside = [f for f in listing if f["path"].startswith(folder)]
+            folder = rest.split("/", 3)[3] if rest.count("/") > 2 else "."
+            inside = [e for e in listing if self._lies_in(folder, e["path"])]
             self._json(200 if inside else 404, inside, _entry_error(not inside))
         elif rest.startswith("/paths-info/"):
             wanted = json.loads(body)["paths"] if body.startswith(b"{") else _form(body)
@@ -95,9 +103,15 @@ class _Handler(BaseHTTPRequestHandler):
         elif rest and rest != f"/revision/{repository.branch}" and repository.commit not in rest:
             self._json(404, {"error": "no revision"}, {"X-Error-Code": "RevisionNotFound"})
         else:
-            siblings = [{"rfilename": e["path"], "size": e["size"]} for e in listing]
+            files = [entry for entry in listing if entry["type"] == "file"]
+            siblings = [{"rfilename": e["path"], "size": e["size"]} for e in files]
             facts = {"id": found["name"], "sha": repository.commit, "private": False}
             self._json(200, {**facts, "siblings": siblings, "tags": []})
+
+    def _lies_in(self, folder: str, path: str) -> bool:
+        parents = list(map(str, PurePath(path).parents))
+        deep = "recursive=true" in self.path.lower()
+        return folder in parents if deep else folder == parents[0]
 
     def _file(self, found: re.Match[str]) -> None:
         kind = "datasets" if found["kind"] else "models"

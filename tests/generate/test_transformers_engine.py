@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 
 from medtrain.data.chat import ChatTokenizer
 from medtrain.errors import MedtrainError
-from medtrain.generate.engine import Answered
+from medtrain.generate.engine import Answered, Prompt
 from medtrain.generate.sampling import Sampling
 from medtrain.generate.transformers_engine import TransformersEngine, context_length
 from tests.generate.models import QUESTIONS, load_chat, load_model, prompt_of, source_of
@@ -71,12 +72,21 @@ def test_a_prompt_that_fills_the_context_is_told_and_the_others_go_on(
     assert len(done["fine"].answers) == 2
 
 
-def test_nothing_is_loaded_before_the_first_prompt(chat: ChatTokenizer) -> None:
+def test_the_model_is_loaded_when_answers_are_wanted_and_before_a_batch_is_taken(
+    chat: ChatTokenizer,
+) -> None:
     def load() -> Any:
-        raise AssertionError
+        raise MedtrainError("loading")
 
-    engine = TransformersEngine(replace(source_of(None), load=load), chat, SAMPLED)
-    assert list(engine.answer([])) == []
+    def batches() -> Iterator[list[Prompt]]:
+        raise AssertionError("a death while loading would be blamed on this batch")
+        yield []
+
+    answers = TransformersEngine(replace(source_of(None), load=load), chat, SAMPLED).answer(
+        batches()
+    )
+    with pytest.raises(MedtrainError, match="loading"):
+        next(answers)
 
 
 def test_too_little_memory_names_the_setting(

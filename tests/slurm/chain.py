@@ -47,10 +47,12 @@ class Chain:
     selection: tuple[str, ...] = ()
     """`--from` and `--until` of this chain."""
     environment: dict[str, str] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+    """`key=value` words after the configuration."""
 
     @cached_property
     def run(self) -> Run:
-        loaded = load_config(str(self.config))
+        loaded = load_config(str(self.config), self.overrides)
         return Run(Path(loaded.output_dir) / loaded.name)
 
     # ---- what a user types
@@ -64,7 +66,7 @@ class Chain:
 
     def submit(self, *arguments: str) -> str:
         """`medtrain submit`; what it prints."""
-        return self.medtrain("submit", self.config, *self.selection, *arguments)
+        return self.medtrain("submit", self.config, *self.overrides, *self.selection, *arguments)
 
     def type(self, command: str) -> str:
         """Run a command that medtrain said would help."""
