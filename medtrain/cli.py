@@ -88,7 +88,7 @@ def prepare(
 ) -> None:
     """Read, clean, deduplicate and split the data; check the loss masks."""
     if fetch:
-        _fetch(config, overrides)
+        _fetch(config, overrides, alone=not (preview or force))
         return
     _run_one("prepare", config, overrides, force)
     if preview:
@@ -99,11 +99,14 @@ def prepare(
         show_preview(a_run, loaded, Console(a_run.log), preview)
 
 
-def _fetch(config: str, overrides: list[str] | None) -> None:
+def _fetch(config: str, overrides: list[str] | None, *, alone: bool) -> None:
     from medtrain.cluster.site import job_environment
     from medtrain.console import Console, quiet_libraries
     from medtrain.data.fetch import fetch
+    from medtrain.errors import ConfigError
 
+    if not alone:
+        raise ConfigError("--fetch prepares nothing, so it goes with neither --preview nor --force")
     loaded, a_run = load(config, overrides)
     quiet_libraries()
     fetch(loaded, Console(a_run.log), job_environment(loaded))

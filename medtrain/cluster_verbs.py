@@ -62,6 +62,9 @@ def plan(
         typer.echo(json.dumps(planned.to_json(), indent=2))
     else:
         Console().show(planned)
+        # Outside the table, which would break a command that is longer than a line.
+        for number, command in enumerate(planned.commands):
+            typer.echo(f"\nnext: {command}" if number == 0 else f"then: {command}")
 
 
 def submit(

@@ -240,6 +240,11 @@ class Run:
 
     # The directory itself
 
+    @property
+    def lock_files(self) -> tuple[Path, Path]:
+        """Held by whoever computes here, and by training that it launched."""
+        return self.root / ".lock", self.root / ".lock.launched"
+
     def create(self) -> None:
         """Make the directory, closed to writers other than its owner and group.
 

@@ -63,7 +63,7 @@ class Dispatcher:
         waits_for: Mapping[str, Sequence[str]],
         *,
         repair: Repair = NO_REPAIR,
-        exclude: str = "",
+        extra: Options | None = None,
     ) -> Submission:
         """Submit a job once.
 
@@ -71,7 +71,7 @@ class Dispatcher:
             job: what is to be done.
             waits_for: key → job ids of the jobs it depends on; a key that is not there is done.
             repair: the round of repair it belongs to.
-            exclude: nodes to keep off besides those of the configuration.
+            extra: options of sbatch besides those of the configuration.
 
         Raises:
             TryAgainError: somebody else submits the same job at this moment.
@@ -91,7 +91,7 @@ class Dispatcher:
                 fix=f"See what is queued: medtrain status {self.run.root}",
             )
         dependency = dependency_of(job.after, waits_for)
-        options = self._options(job, intent, dependency, exclude)
+        options = self._options(job, intent, dependency, extra or {})
         try:
             ids, starts = self._sbatch(job, intent, options)
         except Exception:
@@ -103,7 +103,7 @@ class Dispatcher:
         """What `submit` would hand to sbatch, without a trace: names stand for job ids."""
         intent = Submission(job.key, 0, nonce="<nonce>", steps=job.steps, tasks=job.tasks)
         named = {key: [f"<{key}>"] for key, _ in job.after}
-        options = self._options(job, intent, dependency_of(job.after, named), "")
+        options = self._options(job, intent, dependency_of(job.after, named), {})
         if job.trains:
             return [self._train_script(job, intent, options)]
         chunks = self._chunks(len(job.tasks)) if job.tasks else [range(1)]
@@ -140,17 +140,18 @@ class Dispatcher:
         size = self._max_array_size
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def _options(self, job: ChainJob, intent: Submission, dependency: str, exclude: str) -> Options:
+    def _options(
+        self, job: ChainJob, intent: Submission, dependency: str, extra: Options
+    ) -> Options:
         options = sbatch_options(self.config, job.kind)
         options["comment"] = intent.comment
         if dependency:
             options["dependency"] = dependency
             # Else a job whose predecessor failed would wait for ever.
             options["kill-on-invalid-dep"] = "yes"
-        if exclude:
-            given = str(options.get("exclude", ""))
-            options["exclude"] = f"{given},{exclude}" if given else exclude
-        return options
+        if "exclude" in options and "exclude" in extra:
+            extra = {**extra, "exclude": f"{options['exclude']},{extra['exclude']}"}
+        return {**options, **extra}
 
     def _executor(self, intent: Submission, options: Options, arrays: int) -> Any:
         from medtrain.cluster.executor import ArrayExecutor

@@ -160,7 +160,7 @@ def make_plan(run: Run, config: RunConfig, selection: Selection, config_name: st
     return RunPlan(
         run=run,
         jobs=tuple(jobs),
-        assumptions=(_about_rows(estimator, config_name), _about_speed(config, jobs)),
+        assumptions=(_about_rows(estimator), _about_speed(config, jobs)),
         warnings=tuple(warnings_of(jobs, config)),
         commands=tuple(_commands(config, config_name, jobs, before, selection)),
     )
@@ -234,7 +234,7 @@ def _against_its_shards(job: PlannedJob, task_s: float, config: RunConfig) -> It
         )
 
 
-def _about_rows(estimator: Estimator, config_name: str) -> str:
+def _about_rows(estimator: Estimator) -> str:
     sizes = estimator.sizes
     if sizes.prepared:
         return (
@@ -243,7 +243,7 @@ def _about_rows(estimator: Estimator, config_name: str) -> str:
         )
     return (
         f"Rows: at most what the configuration's limits allow, {sizes.row_tokens:,.0f} tokens each "
-        f"(half of sft.max_length); they are counted after: medtrain prepare {config_name}"
+        "(half of sft.max_length), until `medtrain prepare` has counted them."
     )
 
 
@@ -273,8 +273,6 @@ def _commands(
 ) -> Iterator[str]:
     if all(job.state == "done" for job in jobs):
         return
-    if before:
-        yield f"medtrain submit {config_name} --until {before[-1]}"
     if config.cluster.offline and (models_needed(config) or datasets_needed(config)):
         yield f"medtrain prepare {config_name} --fetch"
     judge = config.judge
@@ -283,6 +281,8 @@ def _commands(
         named = {*os.environ, *read_secrets(config.cluster.secrets_file)}
         if judge.api_key_env not in named:
             yield f"export {judge.api_key_env}=…"
+    if before:
+        yield f"medtrain submit {config_name} --until {before[-1]}"
     chosen = {"--from": selection.start, "--until": selection.until, "--only": selection.only}
     options = "".join(f" {option} {name}" for option, name in chosen.items() if name)
     yield f"medtrain submit {config_name}{options}"

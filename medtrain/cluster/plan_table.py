@@ -1,4 +1,7 @@
-"""How a plan looks: a row a job, the total, assumptions, warnings, and what to type."""
+"""How a plan looks: a row a job, the total, assumptions, warnings.
+
+What to type comes after it and not from here: a table's width would break a long command.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,9 @@ _RIGHT = ("tasks", "a task takes", "GPU-hours")
 def plan_view(plan: RunPlan) -> Group:
     """Everything of a plan, for a person."""
     parts: list[Table | Text] = [_table(plan), Text(), Text(_total(plan), style="bold")]
-    parts += [Text(line, style="dim") for line in plan.assumptions]
+    if plan.to_do:
+        parts += [Text(line, style="dim") for line in plan.assumptions]
     parts += [Text.assemble(("! ", "yellow"), line) for line in plan.warnings]
-    if plan.commands:
-        parts.append(Text())
-        parts += [Text.assemble(("  $ ", "dim"), command) for command in plan.commands]
     return Group(*parts)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from medtrain.cluster.chain import ChainJob, phase_of
 from medtrain.cluster.dispatch import Dispatcher, dependency_of
 from medtrain.cluster.ledger import Ledger, Repair, Step, Submission
+from medtrain.cluster.site import Options
 from medtrain.cluster.slurm import Slurm
 from medtrain.config import RunConfig
 from medtrain.console import Console
@@ -21,6 +22,7 @@ from medtrain.errors import (
     BadNodeError,
     ConfigError,
     DataError,
+    EndpointError,
     MedtrainError,
     TryAgainError,
     from_exit_code,
@@ -31,6 +33,7 @@ from medtrain.shards import Unit, missing_units, shard_progress, take_for_dead
 
 Tasks = tuple[tuple[Unit, ...], ...]
 _NOT_WORTH_REPEATING = (ConfigError.exit_code, DataError.exit_code)
+_MENDED_BY_TIME = (EndpointError.exit_code, TryAgainError.exit_code)
 PATIENCE_S = 5.0
 """How long an absent file is looked for again: network file systems remember absence that long."""
 
@@ -62,12 +65,10 @@ def repair(run: Run, config: RunConfig, console: Console, closing: Submission, s
     now = Repair(before.round + 1, before.in_vain + (rows <= before.rows), rows)
     if now.in_vain > config.cluster.repair_rounds or now.round > _MOST_ROUNDS:
         raise _given_up(run, step, tasks, before.round, failures)
-    bad_nodes = ",".join(
-        sorted({f["host"] for f in failures if f["exit_code"] == BadNodeError.exit_code})
-    )
     try:
         with run.submitting():
-            _submit_again(run, config, closing, step, tasks, now, bad_nodes)
+            extra = _extra_options(config, failures, now)
+            _submit_again(run, config, closing, step, tasks, now, extra)
     except (ConfigError, OSError) as error:
         raise TryAgainError(
             f"{len(tasks)} tasks of {step[1]} are missing, and this node cannot submit jobs "
@@ -139,6 +140,19 @@ def _finished_rows(run: Run, config: RunConfig, step: Step) -> int:
         return sum(shard_progress(s.directory).done for s in phase.sets)
 
 
+def _extra_options(
+    config: RunConfig, failures: Sequence[dict[str, Any]], repair: Repair
+) -> Options:
+    """Off the nodes that cannot do the work, and not before the world may have changed."""
+    extra: Options = {}
+    bad_nodes = {f["host"] for f in failures if f["exit_code"] == BadNodeError.exit_code}
+    if bad_nodes:
+        extra["exclude"] = ",".join(sorted(bad_nodes))
+    if any(failure["exit_code"] in _MENDED_BY_TIME for failure in failures):
+        extra["begin"] = f"now+{config.cluster.repair_pause_s * 2**repair.in_vain}"
+    return extra
+
+
 def _submit_again(
     run: Run,
     config: RunConfig,
@@ -146,7 +160,7 @@ def _submit_again(
     step: Step,
     tasks: Tasks,
     repair: Repair,
-    exclude: str,
+    extra: Options,
 ) -> None:
     slurm = Slurm()
     dispatcher = Dispatcher(run, config, max_array_size=slurm.max_array_size())
@@ -156,7 +170,7 @@ def _submit_again(
     collect = ChainJob(closing.key, "cpu", steps, ((key, "afterany"),))
     waits_for = {}
     if tasks:  # a process that Slurm had lost may have finished its shard meanwhile
-        submitted = dispatcher.submit(array, {}, repair=repair, exclude=exclude)
+        submitted = dispatcher.submit(array, {}, repair=repair, extra=extra)
         waits_for = {key: submitted.job_ids}
     dispatcher.submit(collect, waits_for, repair=repair)
     move_dependents(dispatcher.ledger, slurm, closing.key)

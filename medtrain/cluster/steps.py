@@ -10,13 +10,17 @@ Steps are safe to run again: what is finished is skipped.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from medtrain.cluster.chain import is_last_phase, phase_of
 from medtrain.cluster.ledger import Step, Submission
 from medtrain.cluster.repair import repair
 from medtrain.cluster.standing import step_mark, was_opened
 from medtrain.config import RunConfig
 from medtrain.console import Console
-from medtrain.errors import TryAgainError
+from medtrain.errors import TryAgainError, as_medtrain_error
+from medtrain.lineage import Lineage
 from medtrain.pipeline import Pipeline
 from medtrain.run import Run
 from medtrain.shards import UnsoundShardError, collect_only, open_phase
@@ -40,15 +44,26 @@ def run_steps(run: Run, config: RunConfig, console: Console, submission: Submiss
                     "cancelled",
                     fix=f"medtrain resume {run.root}",
                 )
-            try:
-                run_step(run, config, console, step)
-                step_mark(run, submission, number).touch()
-            except UnsoundShardError as error:
-                if step[0] != "close":
-                    raise
-                console.warn("shards_missing", error.message, stage=step[1])
-                repair(run, config, console, submission, step)
-                return
+            with failure_noted(run, step[1]):
+                try:
+                    run_step(run, config, console, step)
+                    step_mark(run, submission, number).touch()
+                except UnsoundShardError as error:
+                    if step[0] != "close":
+                        raise
+                    console.warn("shards_missing", error.message, stage=step[1])
+                    repair(run, config, console, submission, step)
+                    return
+
+
+@contextmanager
+def failure_noted(run: Run, stage: str) -> Iterator[None]:
+    """Keep an error that ends a job where `medtrain status` finds it, unless it is kept already."""
+    try:
+        yield
+    except Exception as error:
+        Lineage(run).record_failure(stage, as_medtrain_error(error))
+        raise
 
 
 def run_step(run: Run, config: RunConfig, console: Console, step: Step) -> None:

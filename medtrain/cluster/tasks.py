@@ -48,8 +48,7 @@ class _Task:
     def __call__(self) -> None:
         _sweep_temporaries()
         run = Run(Path(self.root))
-        submission = Ledger(run).one(self.key, self.number)
-        self._guarded(run, lambda: self._work(run, submission))
+        self._guarded(run, lambda: self._work(run, Ledger(run).one(self.key, self.number)))
 
     def checkpoint(self) -> NoReturn:
         """Called by submitit on the signal before the time limit or a preemption.
@@ -101,13 +100,17 @@ class ShardTask(_Task):
     task: int
 
     def _work(self, run: Run, submission: Submission) -> None:
-        config, console = open_run(run)
-        step = submission.steps[0]
-        units = submission.tasks[self.task]
         from medtrain.cluster.chain import phase_of
 
-        with phase_of(step).open(run, config) as phase:
+        config, _ = open_run(run)
+        # Into the job's own log: a thousand tasks in the run's would be too many.
+        console = Console()
+        units = submission.tasks[self.task]
+        shards = " ".join(f"{key}:{shard}" for key, shard in units)
+        console.event("shards_start", task=self.task, shards=shards, host=socket.gethostname())
+        with phase_of(submission.steps[0]).open(run, config) as phase:
             attempt_units(phase, units, console)
+        console.event("shards_done", task=self.task, shards=shards)
 
     def _note_of_failure(self, run: Run) -> Path:
         return run.job_folder(self.key, self.number) / f"failure.{self.task}.json"
@@ -118,9 +121,10 @@ class ChainTask(_Task):
     """A short job between arrays, or a stage of one process."""
 
     def _work(self, run: Run, submission: Submission) -> None:
-        from medtrain.cluster.steps import run_steps
+        from medtrain.cluster.steps import failure_noted, run_steps
 
-        config, console = open_run(run)
+        with failure_noted(run, submission.stages[0]):
+            config, console = open_run(run)
         run_steps(run, config, console, submission)
 
 

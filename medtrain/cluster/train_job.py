@@ -17,11 +17,16 @@ from contextlib import suppress
 from types import FrameType
 
 from medtrain.cluster.requeue import requeue
+from medtrain.cluster.steps import failure_noted
 from medtrain.config import RunConfig
+from medtrain.console import Console
+from medtrain.endpoint import load_secrets
 from medtrain.errors import MedtrainError, TryAgainError, from_exit_code
 from medtrain.launcher import IN_JOB_VARIABLE
 from medtrain.lineage import Lineage
+from medtrain.pipeline import Pipeline
 from medtrain.run import Run
+from medtrain.stages import by_name
 
 _STEP_STOPS_WITHIN_S = 60.0
 
@@ -44,6 +49,9 @@ def train_job(run: Run, config: RunConfig, stage: str, arguments: Sequence[str])
             queued again.
     """
     Lineage(run).forget_failure(stage)
+    with failure_noted(run, stage):  # once, and not by every node
+        load_secrets(config.cluster.secrets_file)
+        Pipeline(run, config, Console(quiet=True)).check_before(by_name(stage))
     environment = {**os.environ, IN_JOB_VARIABLE: "1"}
     step = subprocess.Popen(srun_command(config, [stage, *arguments]), env=environment)
     code = _wait(step)

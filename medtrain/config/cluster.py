@@ -67,6 +67,9 @@ class ClusterConfig(Resources):
     repair_rounds: int = Field(3, ge=0)
     """How often missing shards are submitted again without one more row to show for it, before a
     person is asked."""
+    repair_pause_s: int = Field(60, ge=0)
+    """How long the first repair waits where shards failed for a reason outside, such as an endpoint
+    that was down or a full disk, in seconds; each round in vain doubles it."""
     max_requeues: int = Field(20, ge=0)
     """How often a job that ran into its time limit is requeued."""
     signal_delay_s: int = Field(120, ge=10)

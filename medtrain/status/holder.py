@@ -19,8 +19,8 @@ _HOLDER = re.compile(r"^process (?P<pid>\d+) on (?P<host>\S+)$")
 
 def living_holder(run: Run) -> str:
     """`process 12 on host` of the process that holds the run's lock; empty if there is none."""
-    for name in (".lock", ".lock.launched"):
-        if holder := _holder(run.root / name):
+    for lock in run.lock_files:
+        if holder := _holder(lock):
             return holder
     return ""
 

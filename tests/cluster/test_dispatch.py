@@ -186,7 +186,7 @@ def test_bad_nodes_are_added_to_those_of_the_configuration(
     sbatch: FakeSbatch, dispatcher: DispatcherOf
 ) -> None:
     ours = dispatcher("cluster.exclude='n[1-2]'")
-    ours.submit(job_of(ours.config, "prepare"), {}, exclude="n7,n9")
+    ours.submit(job_of(ours.config, "prepare"), {}, extra={"exclude": "n7,n9"})
     assert directives(sbatch.read(0, "script"))["exclude"].strip("'") == "n[1-2],n7,n9"
 
 

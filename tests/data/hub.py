@@ -1,4 +1,4 @@
-"""A hub on this machine that gives out repositories: as much of its HTTP interface as downloads use.
+"""A hub on this machine that gives out repositories: as much of its HTTP as downloads use.
 
 Switch off Xet (HF_HUB_DISABLE_XET=1) in the process that downloads.
 """

@@ -61,7 +61,7 @@ class Chain:
         """What a command prints; any exit code but the expected one raises."""
         done = medtrain(*arguments, **self.environment)
         said = done.stdout + done.stderr
-        assert expect is None or done.returncode == expect, f"{arguments}: {done.returncode}\n{said}"
+        assert expect in (None, done.returncode), f"{arguments}: {done.returncode}\n{said}"
         return said
 
     def submit(self, *arguments: str) -> str:
@@ -194,7 +194,9 @@ def ready_to_judge(
 
 
 def _finish_what_is_before(chain: Chain, rows: int) -> None:
-    answers = {f"q{n}": [f"{QUALITIES[n % 4]} {n}", f"{QUALITIES[n % 3]} {n}."] for n in range(rows)}
+    answers = {
+        f"q{n}": [f"{QUALITIES[n % 4]} {n}", f"{QUALITIES[n % 3]} {n}."] for n in range(rows)
+    }
     run, _ = make_run(chain.run.root, answers)
     stand_ins = ("data/base/weights", "data/tokenizer/vocabulary", "data/card.json",
                  "data/train.jsonl", "data/eval.jsonl", "data/preferences_ready.jsonl",

@@ -129,7 +129,7 @@ class JudgeServer:
 def _holder_of(inode: str) -> int:
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         with suppress(OSError):
-            if os.readlink(descriptor) == f"socket:[{inode}]":
+            if str(descriptor.readlink()) == f"socket:[{inode}]":
                 return int(descriptor.parts[2])
     raise AssertionError(f"nobody holds the socket {inode}")
 

@@ -14,12 +14,13 @@ from tests.slurm.cluster import Cluster
 from tests.small_run import write_config as write_small_config
 
 pytestmark = pytest.mark.slurm
-JOBS = {"gpus": 0, "cpus": 1, "mem_gb": 1.5, "time_min": 30, "sbatch": {"hold": True}}
+HELD = {"sft": {"sbatch": {"hold": True}}}
+JOBS = {"gpus": 0, "cpus": 1, "mem_gb": 1.5, "time_min": 30, "stages": HELD}
 
 
 @pytest.fixture
 def prepared(tmp_path: Path, base_dir: Path, cluster: Cluster) -> Iterator[Chain]:
-    """A small run whose data are prepared; its jobs are held until they are released."""
+    """A small run whose data are prepared; its training is held until it is released."""
     secrets = tmp_path / "secrets"
     secrets.touch(mode=0o600)
     path = write_small_config(tmp_path, base_dir)

@@ -168,34 +168,26 @@ def test_cancel_then_resume(tmp_path: Path, cluster: Cluster, server: JudgeServe
     assert "nothing to queue" in chain.medtrain("resume", chain.run.root)
 
 
-def test_a_cancelled_training_stays_cancelled(
-    tmp_path: Path, cluster: Cluster, held: Chain
-) -> None:
+def test_a_cancelled_training_stays_cancelled(tmp_path: Path, cluster: Cluster) -> None:
     """A training that is told to stop has itself queued again; not one that a person cancelled."""
-    busy = tmp_path / "busy-python"
-    started = tmp_path / "started"
-    # In place of the training, which would take long to come to where it can be cancelled.
+    busy, started = tmp_path / "busy-python", tmp_path / "started"
+    # A stand-in for the training itself, which runs until it is told to stop.
     busy.write_text(
-        f'#!/bin/bash\nif [[ "$*" == "-m medtrain job"* ]]; then exec {sys.executable} "$@"; fi\n'
-        f'if [[ "$3" == sft ]]; then touch {started}; exec sleep 300; fi\n'
+        f'#!/bin/bash\nif [[ "$3" == sft ]]; then touch {started}; exec sleep 300; fi\n'
         f'exec {sys.executable} "$@"\n'
     )
     busy.chmod(0o755)
-    settings = load_config(held.config).model_dump(mode="json")
-    settings["cluster"] |= {"sbatch": {}, "python": str(busy)}
-    write_tree(held.config, settings)
-    held.submit("--until", "merge-sft")
-    held.wait_until(started.exists, "the training runs", 90)
-    training = held.job("sft")
-    held.medtrain("cancel", held.run.root)
-    held.wait_ended()
-    shown = cluster.run("scontrol", "show", "job", training)
+    chain = ready_to_judge(tmp_path, cluster, resources={"python": str(busy)})
+    chain.medtrain("submit", chain.config, "--only", "sft", "--force", "sft")
+    chain.wait_until(started.exists, "the training runs")
+    chain.medtrain("cancel", chain.run.root)
+    chain.wait_ended()
+    shown = cluster.run("scontrol", "show", "job", chain.job("sft"))
     assert "JobState=CANCELLED" in shown, shown
     assert "Restarts=0" in shown
-    assert queued_by(held.medtrain("resume", held.run.root)) > 0
-    assert names_of(held)["sft"] == 1
-    held.medtrain("cancel", held.run.root)
-    held.wait_ended()
+    assert queued_by(chain.medtrain("resume", chain.run.root)) == 1, "and no more than was asked for"
+    assert names_of(chain) == Counter(["sft"])
+    cluster.cancel_all(chain.run.name)
 
 
 def test_resume_at_once_after_the_cancel_of_a_plain_job(
