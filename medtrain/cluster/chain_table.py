@@ -21,7 +21,7 @@ def queued_table(queued: Queued) -> Table:
     table = _table("job", "id", "tasks", "does", "after")
     for s in queued.submitted:
         table.add_row(
-            s.key, " ".join(s.job_ids), _tasks(len(s.tasks)), _does(s.steps), _after(s.after)
+            s.key, " ".join(s.job_ids), _tasks(len(s.tasks)), does(s.steps), _after(s.after)
         )
     return table
 
@@ -52,7 +52,7 @@ def chain_table(jobs: Sequence[ChainJob], config: RunConfig) -> Table:
         wanted = resources_of(config, job.kind)
         hours = f"{wanted.time_min / 60:.3g}" if wanted.time_min else ""
         table.add_row(job.key, _tasks(len(job.tasks)), f"{wanted.nodes} × {wanted.gpus}",
-                      hours, _does(job.steps), _after(job.after))  # fmt: skip
+                      hours, does(job.steps), _after(job.after))  # fmt: skip
     return table
 
 
@@ -68,7 +68,8 @@ def _tasks(count: int) -> str:
     return f"{count:,}" if count else ""
 
 
-def _does(steps: Sequence[Step]) -> str:
+def does(steps: Sequence[Step]) -> str:
+    """What a job does, in words."""
     words = {"run": "{s}", "train": "train {s}", "open": "open {p}", "shards": "{p} of {s}",
              "close": "collect {p}"}  # fmt: skip
     return ", ".join(words[verb].format(s=stage, p=phase) for verb, stage, phase in steps)

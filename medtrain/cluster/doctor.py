@@ -28,7 +28,7 @@ from medtrain.cluster.checks.probe_findings import judge_probe
 from medtrain.cluster.checks.scheduler import ask_slurm, partition_fields
 from medtrain.cluster.checks.software import check_software
 from medtrain.cluster.site import resources_of
-from medtrain.config import ClusterConfig, RunConfig, parse_config
+from medtrain.config import ClusterConfig, RunConfig, parse_config, site_section
 from medtrain.console import Console, key_value_line
 from medtrain.errors import BadNodeError
 
@@ -117,12 +117,13 @@ def run_doctor(
         directory: where runs are kept (`output_dir`); need not exist.
         probe_wait_s: how long the probe job may wait in the queue, in seconds.
     """
-    site = config.cluster if config is not None else ClusterConfig()
+    general = config if config is not None else _usual()
+    site = general.cluster
     with _busy(console, "looking at this machine"):
         findings = _this_machine(config, site, cluster=cluster, directory=directory)
     if cluster:
         with _busy(console, "asking Slurm, and waiting for a small job on two nodes"):
-            findings += _slurm(config or _usual(), console, directory, probe_wait_s, findings)
+            findings += _slurm(general, console, directory, probe_wait_s, findings)
     return DoctorReport(tuple(findings))
 
 
@@ -150,11 +151,13 @@ def _this_machine(
 
 
 def _usual() -> RunConfig:
-    """The defaults of everything that a job asks for, where no run is named."""
+    """What a job asks for by default and by the site's file, where no run is named."""
+    site = site_section()
+    # Of the built-in base no job asks for a GPU; where the site names some, they are tried.
+    base = "." if site.get("gpus") else "builtin:tiny"
     source = {"adapter": "table", "path": "builtin:questions"}
-    return parse_config(
-        {"name": "doctor", "model": {"base": "builtin:tiny"}, "data": {"sources": [source]}}
-    )
+    tree = {"name": "doctor", "model": {"base": base}, "data": {"sources": [source]}}
+    return parse_config({**tree, "cluster": site}, source="the site's file")
 
 
 def _slurm(

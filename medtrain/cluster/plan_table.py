@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from medtrain.cluster.chain_table import _does
+from medtrain.cluster.chain_table import does
 from medtrain.cluster.workload import duration, words
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ def _table(plan: RunPlan) -> Table:
 def _cells(job: PlannedJob) -> list[str]:
     if job.state == "done":
         took = duration(job.task_s) if job.task_s is not None else ""
-        return [job.key, "done", _does(job.steps), "", "", took, "", "measured"]
+        return [job.key, "done", does(job.steps), "", "", took, "", "measured"]
     origin = "measured" if job.basis == "measured" else ""
     note = ", ".join(part for part in (origin, job.note) if part)
     return [
-        job.key, job.state, _does(job.steps), f"{job.tasks:,}", f"{job.nodes} × {job.gpus}",
+        job.key, job.state, does(job.steps), f"{job.tasks:,}", f"{job.nodes} × {job.gpus}",
         _time(job), _hours(job), note,
     ]  # fmt: skip
 

@@ -38,12 +38,6 @@ def run_steps(run: Run, config: RunConfig, console: Console, submission: Submiss
     """
     with run.lock(wait_s=LOCK_WAIT_S):
         for number, step in enumerate(submission.steps):
-            if step[0] == "close" and not was_opened(run, step):
-                raise TryAgainError(
-                    f"{step[2]} of {step[1]} were never begun: a job before this one failed or was "
-                    "cancelled",
-                    fix=f"medtrain resume {run.root}",
-                )
             with failure_noted(run, step[1]):
                 try:
                     run_step(run, config, console, step)
@@ -54,6 +48,21 @@ def run_steps(run: Run, config: RunConfig, console: Console, submission: Submiss
                     console.warn("shards_missing", error.message, stage=step[1])
                     repair(run, config, console, submission, step)
                     return
+
+
+def check_begun(run: Run, submission: Submission) -> None:
+    """End a job whose array never began: it waited for an end of that, and not for success.
+
+    Raises:
+        TryAgainError: a job before it failed or was cancelled.
+    """
+    for step in submission.steps:
+        if step[0] == "close" and not was_opened(run, step):
+            raise TryAgainError(
+                f"{step[2]} of {step[1]} were never begun: a job before this one failed or was "
+                "cancelled",
+                fix=f"medtrain resume {run.root}",
+            )
 
 
 @contextmanager

@@ -121,8 +121,9 @@ class ChainTask(_Task):
     """A short job between arrays, or a stage of one process."""
 
     def _work(self, run: Run, submission: Submission) -> None:
-        from medtrain.cluster.steps import failure_noted, run_steps
+        from medtrain.cluster.steps import check_begun, failure_noted, run_steps
 
+        check_begun(run, submission)
         with failure_noted(run, submission.stages[0]):
             config, console = open_run(run)
         run_steps(run, config, console, submission)

@@ -25,7 +25,7 @@ from medtrain.config.data import (
     SourceConfig,
     TableSource,
 )
-from medtrain.config.load import dump_config, load_config, parse_config
+from medtrain.config.load import dump_config, load_config, parse_config, site_section
 from medtrain.config.model import DEFAULT_SYSTEM_PROMPT, LoraConfig, MergeConfig, ModelConfig
 from medtrain.config.training import DPOConfig, LaunchConfig, SFTConfig, TrainingConfig
 from medtrain.config.tree import RunConfig
@@ -62,4 +62,5 @@ __all__ = [
     "dump_config",
     "load_config",
     "parse_config",
+    "site_section",
 ]

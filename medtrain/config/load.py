@@ -68,6 +68,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(tree, source=str(path))
 
 
+def site_section() -> dict[str, Any]:
+    """The site's own `cluster:` values; empty where it has no file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    tree: dict[str, Any] = {}
+    _lay_over_site(tree)
+    return dict(tree.get("cluster", {}))
+
+
 def _lay_over_site(tree: dict[str, Any]) -> None:
     """Put the site's values under the run's `cluster:` section, where the site has a file."""
     cluster = tree.get("cluster") or {}
