@@ -192,7 +192,7 @@ def push(
 ) -> None:
     """Upload an adapter or a merged model to the hub, with its model card."""
     from medtrain.console import Console, quiet_libraries
-    from medtrain.pipeline import check_published
+    from medtrain.published import check_published
     from medtrain.train.push import push as upload
 
     quiet_libraries()

@@ -14,8 +14,8 @@ from typing import Any
 
 from medtrain.config import RunConfig, VariantConfig
 from medtrain.console import is_rank_zero
+from medtrain.digests import files_digest, quick_digest
 from medtrain.files import digest_of, read_json, sha256_file, write_json
-from medtrain.lineage import files_digest, quick_digest
 from medtrain.run import Run
 
 

@@ -7,8 +7,8 @@ fingerprint and outputs still hold is finished; otherwise `Standing.why` says wh
 
 from __future__ import annotations
 
-import hashlib
 import platform
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from medtrain.digests import file_entry
 from medtrain.errors import DataError, MedtrainError
 from medtrain.files import (
     canonical_json,
@@ -31,7 +32,6 @@ from medtrain.run import Run
 _RECORDED_PACKAGES = (
     "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "deepspeed", "datasets",
 )  # fmt: skip
-_WINDOWS, _WINDOW_BYTES = 256, 1 << 14
 State = Literal["done", "stale", "started", "missing"]
 
 
@@ -96,6 +96,11 @@ class Lineage:
         record = self._read(f"{stage}.started.json")
         return record["fingerprint"] if record else None
 
+    def began_at(self, stage: str) -> float:
+        """When a stage that is not finished was first begun, in seconds since the epoch."""
+        record = self._read(f"{stage}.started.json")
+        return float(record["began_at"]) if record else time.time()
+
     def standing(self, stage: str, fingerprint: Fingerprint) -> Standing:
         """Whether a stage's receipt and outputs still hold for this fingerprint."""
         receipt = self.receipt(stage)
@@ -107,10 +112,13 @@ class Lineage:
         return Standing("stale", damaged) if damaged else Standing("done")
 
     def start(self, stage: str, fingerprint: Fingerprint) -> None:
-        """Note that a stage begins; what stood finished under its name no longer does."""
+        """Note that a stage begins or goes on; what stood finished by its name no longer does."""
+        before = self._read(f"{stage}.started.json")
+        same = before is not None and before["fingerprint"] == fingerprint.digest
+        began_at = before["began_at"] if before is not None and same else time.time()
         write_json(
             self.run.stages / f"{stage}.started.json",
-            {"stage": stage, "fingerprint": fingerprint.digest},
+            {"stage": stage, "fingerprint": fingerprint.digest, "began_at": began_at},
         )
         self._path(f"{stage}.json").unlink(missing_ok=True)
         self.forget_failure(stage)
@@ -183,7 +191,7 @@ class Lineage:
 
     def _describe(self, outputs: Iterable[Path]) -> dict[str, dict[str, Any]]:
         files = (file for output in outputs if output.exists() for file in tree_files(output))
-        return {self._relative(file): _file_entry(file) for file in files}
+        return {self._relative(file): file_entry(file) for file in files}
 
     def was_made(self, path: Path) -> bool:
         """Whether a finished stage has written an artefact."""
@@ -220,35 +228,6 @@ class Lineage:
         return record
 
 
-def files_digest(paths: Iterable[Path], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Size, time and sha256 of outside files; a known hash is reused while size and time hold."""
-    described: dict[str, Any] = {}
-    for path in paths:
-        stat, before = path.stat(), known.get(str(path))
-        seen = (before["bytes"], before["mtime_ns"]) if before else None
-        unchanged = before is not None and seen == (stat.st_size, stat.st_mtime_ns)
-        described[str(path)] = before if unchanged else _file_entry(path)
-    return described
-
-
-def quick_digest(directory: Path) -> str:
-    """A quick digest of a model directory: names, sizes, and windows spread over every file.
-
-    Hashing 16 GB takes longer than loading them. Training changes whole layers, so that some of
-    the windows of a file see it.
-    """
-    parts: list[tuple[str, int, str]] = []
-    for file in tree_files(directory):
-        size = file.stat().st_size
-        sha = hashlib.sha256()
-        with file.open("rb") as handle:
-            for window in range(_WINDOWS):
-                handle.seek(max(0, size - _WINDOW_BYTES) * window // (_WINDOWS - 1))
-                sha.update(handle.read(_WINDOW_BYTES))
-        parts.append((file.relative_to(directory).as_posix(), size, sha.hexdigest()))
-    return digest_of(parts)
-
-
 def versions() -> dict[str, str]:
     """Versions of Python, medtrain and the libraries that change results."""
     found = {"python": platform.python_version()}
@@ -258,11 +237,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _file_entry(path: Path) -> dict[str, Any]:
-    stat = path.stat()
-    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256_file(path)}
 
 
 def _difference(receipt: Mapping[str, Any], now: Fingerprint) -> str:

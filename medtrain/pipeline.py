@@ -25,7 +25,7 @@ from medtrain.inputs import anchored, portable
 from medtrain.lineage import Fingerprint, Lineage, Standing, choose, flatten, versions
 from medtrain.run import Run
 from medtrain.selection import Selection
-from medtrain.shards import Drive, UnsoundShardError, run_here
+from medtrain.shards import Drive, UnsoundShardError, collect_only, run_here
 from medtrain.stages import STAGES, Stage
 
 _PEER_WAIT_S = 120.0
@@ -212,7 +212,10 @@ class Pipeline:
             self.lineage.record_failure(stage.name, as_medtrain_error(error))
             raise
         if is_rank_zero():
-            self._finish(stage, fingerprint, counts, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            if drive is collect_only:  # the work was done before, by others
+                seconds = time.time() - self.lineage.began_at(stage.name)
+            self._finish(stage, fingerprint, counts, seconds)
 
     def _finish(
         self, stage: Stage, fingerprint: Fingerprint, counts: Mapping[str, Any], seconds: float
@@ -280,27 +283,6 @@ class Pipeline:
             mark="skip",
             stage=stage.name,
         )
-
-
-def check_published(run: Run, config: RunConfig, what: str, trained: str) -> None:
-    """Refuse to publish a model that is not what the configuration says.
-
-    Raises:
-        DataError: the stage that makes it, or the report, is not up to date.
-    """
-    pipeline = Pipeline(run, config, Console(quiet=True))
-    maker = trained if what == "adapter" else f"merge-{trained}"
-    for last in (stage for stage in STAGES if stage.name in (maker, "report")):
-        for stage in (*stages.needed_before(last, run, config), last):
-            standing = pipeline.standing(stage)
-            # What has no receipt was made by hand; whether it is there, the upload will see.
-            if standing.state in ("stale", "started"):
-                reason = f" ({standing.why})" if standing.why else ""
-                raise DataError(
-                    f"{stage.name} is {standing.state}{reason}: what would be uploaded is not what "
-                    "the configuration says",
-                    fix=f"medtrain run {run.config}",
-                )
 
 
 def write_manifest(run: Run, config: RunConfig) -> None:

@@ -29,7 +29,7 @@ from medtrain.errors import (
 )
 from medtrain.files import read_json
 from medtrain.run import Run
-from medtrain.shards import Unit, missing_units, shard_progress, take_for_dead
+from medtrain.shards import Unit, missing_units, rows_finished, take_for_dead
 
 Tasks = tuple[tuple[Unit, ...], ...]
 _NOT_WORTH_REPEATING = (ConfigError.exit_code, DataError.exit_code)
@@ -137,7 +137,7 @@ def move_dependents(ledger: Ledger, slurm: Slurm, key: str) -> None:
 
 def _finished_rows(run: Run, config: RunConfig, step: Step) -> int:
     with phase_of(step).open(run, config) as phase:
-        return sum(shard_progress(s.directory).done for s in phase.sets)
+        return rows_finished(phase)
 
 
 def _extra_options(

@@ -11,6 +11,7 @@ from medtrain.shards.drive import (
     collect_only,
     missing_units,
     open_phase,
+    rows_finished,
     run_here,
     take_for_dead,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "make_plan",
     "missing_units",
     "open_phase",
+    "rows_finished",
     "run_here",
     "shard_progress",
     "take_for_dead",

@@ -5,6 +5,7 @@ attempt_units  one attempt at each of some shards: what a task does
 run_here       open, attempt everything, collect; a shard whose file turns out to be damaged is
                computed again from its journals, once
 missing_units  what a repair has to compute
+rows_finished  how far a phase is, to the row
 take_for_dead  who knows that the jobs of some shards are over says so
 collect_only   collect what is there, or say what is missing
 """
@@ -21,6 +22,7 @@ from medtrain.shards.attempt import (
     Result,
     ShardFiles,
     distrust,
+    finished_rows,
     receipt_that_holds,
     run_attempt,
     sound_receipt,
@@ -88,6 +90,18 @@ def missing_units(phase: Phase, *, patience_s: float = 0.0) -> list[Unit]:
         if not missing or time.monotonic() > deadline:
             return missing
         time.sleep(1.0)
+
+
+def rows_finished(phase: Phase) -> int:
+    """Rows of a phase that have a result, by receipts and journals: of an attempt that was killed,
+    the heartbeat may be behind by all the rows it finished."""
+    return sum(
+        len(plan.positions(shard))
+        if receipt_that_holds(plan, shard, files := ShardFiles(shard_set.directory, shard))
+        else len(finished_rows(plan, shard, files))
+        for shard_set, plan in ((s, standing_plan(s)) for s in phase.sets)
+        for shard in range(len(plan.shards))
+    )
 
 
 def take_for_dead(phase: Phase, units: Iterable[Unit]) -> None:

@@ -168,7 +168,7 @@ def test_somebody_else_submits_the_same(
 def test_a_job_tells_the_next_one_nothing_of_itself(
     sbatch: FakeSbatch, dispatcher: DispatcherOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A repair is submitted from inside a job: its limits and numbers must not become the next's."""
+    """A repair is submitted from inside a job, whose limits must not become the next one's."""
     own = {"SLURM_JOB_ID": "1", "SLURM_CPUS_PER_TASK": "64", "SBATCH_PARTITION": "kept",
            "SUBMITIT_EXECUTOR": "slurm", "SLURM_CONF": "/etc/slurm.conf"}  # fmt: skip
     for name, value in own.items():

@@ -2,7 +2,7 @@
 
 After a wanted change, renew the files and read the difference:
 
-    MEDTRAIN_RENEW_GOLDEN=1 pytest -n 0 tests/cluster/test_dry_run.py && git diff tests/cluster/golden
+    MEDTRAIN_RENEW_GOLDEN=1 pytest -n 0 tests/cluster/test_dry_run.py; git diff tests/cluster/golden
 """
 
 from __future__ import annotations
@@ -85,8 +85,10 @@ def dry_run(name: str, tmp_path: Path, environment: dict[str, str]) -> str:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sk-planted" not in done.stdout + done.stderr
     for found, named in (
-        (f"{tmp_path}/the runs", "<RUNS>"), (str(ROOT), "<REPOSITORY>"), (sys.executable, "<PYTHON>"),
-    ):  # fmt: skip
+        (f"{tmp_path}/the runs", "<RUNS>"),
+        (str(ROOT), "<REPOSITORY>"),
+        (sys.executable, "<PYTHON>"),
+    ):
         done.stdout = done.stdout.replace(found, named)
     return "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
 

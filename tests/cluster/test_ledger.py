@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 
@@ -56,6 +57,18 @@ def test_what_is_read_is_what_was_written(
     assert noted.starts == tuple(starts)
 
 
+def submit_together(run: Run, together: threading.Barrier, won: list[Submission | None]) -> None:
+    mine = Ledger(run)
+
+    def seen_by_all() -> list[Submission]:
+        seen = Ledger(run).all()
+        together.wait()
+        return seen
+
+    mine.all = seen_by_all  # type: ignore[method-assign]
+    won.append(mine.intend("sft", steps=[("train", "sft", "")]))
+
+
 def test_of_two_submitters_one_wins(tmp_path: Path) -> None:
     """Every round, eight threads that have all seen the same ledger want to submit one key."""
     for round_ in range(10):
@@ -63,19 +76,10 @@ def test_of_two_submitters_one_wins(tmp_path: Path) -> None:
         together = threading.Barrier(8)
         won: list[Submission | None] = []
 
-        def submit(ledger: Ledger = ledger, together: threading.Barrier = together) -> None:
-            counted = ledger.all
-            seen = counted()
-
-            def all_saw_the_same() -> list[Submission]:
-                together.wait()
-                return seen
-
-            mine = Ledger(ledger.run)
-            mine.all = all_saw_the_same  # type: ignore[method-assign]
-            won.append(mine.intend("sft", steps=[("train", "sft", "")]))
-
-        threads = [threading.Thread(target=submit) for _ in range(8)]
+        threads = [
+            threading.Thread(target=submit_together, args=(ledger.run, together, won))
+            for _ in range(8)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -118,17 +122,13 @@ def test_a_flipped_byte_is_noticed(
     tmp_path_factory: pytest.TempPathFactory, position: float, flip: int, note: bool
 ) -> None:
     ledger = ledger_in(tmp_path_factory.mktemp("ledger"))
-    good = ledger.note(intended(ledger), ["17"], [0])
+    ledger.note(intended(ledger), ["17"], [0])
     damaged = ledger.run.submissions / ("sft.000.job.json" if note else "sft.000.json")
     content = bytearray(damaged.read_bytes())
-    content[int(position * len(content))] ^= flip
+    content[int(position * (len(content) - 1))] ^= flip  # the line's end says nothing
     damaged.write_bytes(content)
-    try:
-        read = ledger.all()
-    except DataError as error:
-        assert str(damaged) in error.message
-    else:
-        assert read == [good]  # white space after the value: it still says the same
+    with pytest.raises(DataError, match=re.escape(str(damaged))):
+        ledger.all()
 
 
 def test_notes_of_another_intent_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Chains that people write themselves: slurm/train.sbatch, slurm/shards.sbatch, medtrain collect."""
+"""Chains that people write themselves, with slurm/train.sbatch, slurm/shards.sbatch, collect."""
 
 from __future__ import annotations
 

@@ -46,7 +46,9 @@ def pair(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
     jobs = ("cluster.cpus=1", "cluster.mem_gb=1.5", "cluster.time_min=30")
     shards = tuple(f"{stage}.num_shards={number}" for stage, number in SHARDS.items())
-    chain = Chain(QUICKSTART, cluster, overrides=(*placed("submitted"), *jobs, *shards))
+    words = (*placed("submitted"), *jobs, *shards)
+    where = {"SLURM_CONF": str(cluster.slurm_conf)}
+    chain = Chain(QUICKSTART, cluster, environment=where, overrides=words)
     command = [sys.executable, "-m", "medtrain", "run", QUICKSTART, *placed("direct")]
     with cluster.shared():
         chain.submit()

@@ -60,6 +60,29 @@ def test_a_task_that_is_killed_while_it_writes_is_repaired(tmp_path, cluster, se
     assert len(chain.tasks_submitted(ARRAY, after=1)) == 1
 
 
+def test_where_nodes_may_not_submit_jobs_status_says_the_command_that_repairs(
+    tmp_path, cluster, server, expected
+):
+    refusal = tmp_path / "bin" / "sbatch"
+    refusal.parent.mkdir()
+    refusal.write_text("#!/bin/sh\necho 'sbatch: error: not from compute nodes' >&2; exit 1\n")
+    refusal.chmod(0o755)
+    setup = [f"export PATH={refusal.parent}:$PATH"]
+    chain = chain_of(tmp_path, cluster, server, setup=setup)
+    server.hold([MIDDLE])
+    chain.submit()
+    os.kill(server.clients(1)[MIDDLE], signal.SIGKILL)
+    server.release()
+    chain.wait_ended()
+    status = chain.status()
+    assert status["needs_person"]
+    assert "cannot submit jobs" in status["problems"][0]["message"]
+    chain.type(status["next_command"])
+    chain.wait_done()
+    assert chain.collected() == expected
+    assert server.asked == EACH_ONCE + Counter([MIDDLE])
+
+
 def torn_line(chain: Chain) -> None:
     """A kill in the middle of a write: half a line at the end of the journals that are open."""
     for beat in chain.run.judge.glob("shards/*/*/heartbeat"):
@@ -154,7 +177,8 @@ def test_damaged_shard_files_are_made_again_before_they_are_collected(
 def test_a_row_that_kills_its_process_each_time_is_given_up_and_reported(
     tmp_path, cluster, server, expected
 ):
-    settings = server.settings(num_shards=3, max_failed_fraction=0.1)
+    # Eight requests in flight: which of them killed the process is not plain to see.
+    settings = server.settings(num_shards=2, concurrency=8, max_failed_fraction=0.1)
     chain = ready_to_judge(tmp_path, cluster, rows=ROWS, judge=settings)
     server.poison.add(MIDDLE)
     chain.submit()
@@ -164,7 +188,6 @@ def test_a_row_that_kills_its_process_each_time_is_given_up_and_reported(
     assert [n for n in range(ROWS) if lines[n] != undisturbed_lines[n]] == [12]
     assert b"its process died" in lines[12]
     assert b'"quarantined": true' in lines[12]
-    assert server.asked - Counter({MIDDLE: 9}) == EACH_ONCE - Counter([MIDDLE])
     judge = next(stage for stage in chain.status()["stages"] if stage["name"] == "judge")
     assert judge["counts"]["failed"] == 1
     reasons = [json.loads(line)["reason"] for line in chain.run.dropped_pairs.open()]

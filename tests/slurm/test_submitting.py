@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -185,7 +184,8 @@ def test_a_cancelled_training_stays_cancelled(tmp_path: Path, cluster: Cluster) 
     shown = cluster.run("scontrol", "show", "job", chain.job("sft"))
     assert "JobState=CANCELLED" in shown, shown
     assert "Restarts=0" in shown
-    assert queued_by(chain.medtrain("resume", chain.run.root)) == 1, "and no more than was asked for"
+    again = queued_by(chain.medtrain("resume", chain.run.root))
+    assert again == 1, "and no more than was asked for"
     assert names_of(chain) == Counter(["sft"])
     cluster.cancel_all(chain.run.name)
 
@@ -195,9 +195,8 @@ def test_resume_at_once_after_the_cancel_of_a_plain_job(
 ) -> None:
     """A cancelled job takes seconds to go; what is queued meanwhile must not wait for its
     success."""
-    chain = ready_to_judge(
-        tmp_path, cluster, resources={"setup": [f"while [ -e {tmp_path}/wait ]; do sleep 0.1; done"]}
-    )
+    waits = f"while [ -e {tmp_path}/wait ]; do sleep 0.1; done"
+    chain = ready_to_judge(tmp_path, cluster, resources={"setup": [waits]})
     (tmp_path / "wait").touch()
     chain.submit()
     chain.wait_until(lambda: any(job.state == "RUNNING" for job in chain.queued()), "it runs")
@@ -351,6 +350,13 @@ def attempts_at_most_busy_shard(chain: Chain) -> int:
 # The disk
 
 
+def inside_of(cluster: Cluster, node: str) -> list[str]:
+    """What comes before a command that runs in a node's namespaces."""
+    unshare = (cluster.root / "run" / node).read_text().split()[0]
+    first = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()[0]
+    return ["nsenter", f"--target={first}", "--mount", "--pid", "--"]
+
+
 @contextmanager
 def small_disk(directory: Path, cluster: Cluster, size_mb: int) -> Iterator[Path]:
     """A file system of a few MB that this machine and all nodes see: a node has mounts of its own,
@@ -367,8 +373,7 @@ def small_disk(directory: Path, cluster: Cluster, size_mb: int) -> Iterator[Path
     if looped.returncode:
         pytest.skip(f"this machine has no loop devices: {looped.stderr.strip()}")
     device = looped.stdout.strip()
-    pids = [(cluster.root / "run" / node).read_text().split()[0] for node in cluster.nodes]
-    everywhere = [[], *(["nsenter", f"--target={pid}", "--mount", "--"] for pid in pids)]
+    everywhere = [[], *(inside_of(cluster, node) for node in cluster.nodes)]
     mounted = []
     try:
         for inside in everywhere:
@@ -388,7 +393,7 @@ def test_a_full_disk(tmp_path: Path, cluster: Cluster, server: JudgeServer) -> N
     server.asked.clear()
     with cluster.exclusive(), small_disk(tmp_path, cluster, 8) as disk:
         chain = ready_to_judge(disk, cluster, judge=judge, resources={"repair_rounds": 1})
-        server.hold(["q7", "q12", "q20"])
+        server.hold(f"q{n}" for n in range(12, 24))
         chain.submit()
         server.clients(3)
         filler = disk / "filler"
