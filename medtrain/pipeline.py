@@ -296,15 +296,19 @@ def write_manifest(run: Run, config: RunConfig) -> None:
 
 
 def summary(counts: Mapping[str, Any]) -> str:
-    """The first few figures of a receipt, for one line."""
-    shown = [
-        f"{key.replace('_', ' ')} {value:,.4g}"
-        if isinstance(value, float)
-        else f"{key.replace('_', ' ')} {value:,}"
+    """The first few figures of a receipt, for one line, and whatever failed."""
+    figures = {
+        key: value
         for key, value in counts.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
-    ]
-    return ", ".join(shown[:3])
+    }
+    first = list(figures)[:3]
+    shown = [key for key in figures if key in first or ("failed" in key and figures[key])]
+    return ", ".join(f"{key.replace('_', ' ')} {_short(figures[key])}" for key in shown)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
 
 
 def table(run: Run, config: RunConfig) -> Sequence[tuple[Stage, Standing, dict[str, Any] | None]]:

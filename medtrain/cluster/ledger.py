@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -143,7 +143,7 @@ class Ledger:
             gpus=gpus,
             repair=repair,
             made_by=f"{socket.gethostname()}:{os.getpid()}",
-            made_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            made_at=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
         )
         self.run.submissions.mkdir(exist_ok=True)
         won = publish(self._intent(key, number), sealed(_to_json(submission)))
@@ -194,12 +194,13 @@ def _listed(value: Any) -> Any:
 
 
 def _from_json(tree: dict[str, Any]) -> Submission:
-    return Submission(
-        **{
-            **tree,
-            "steps": tuple((verb, stage, phase) for verb, stage, phase in tree["steps"]),
-            "repair": Repair(*tree["repair"]),
-            "after": tuple((key, condition) for key, condition in tree["after"]),
-            "tasks": tuple(tuple((name, shard) for name, shard in task) for task in tree["tasks"]),
-        }
-    )
+    """Fields that another version wrote and this one lacks are left out, and the other way round:
+    jobs that are queued run the code that is installed when they begin."""
+    read: dict[str, Callable[[Any], Any]] = {
+        "steps": lambda steps: tuple((verb, stage, phase) for verb, stage, phase in steps),
+        "repair": lambda repair: Repair(*repair),
+        "after": lambda after: tuple((key, condition) for key, condition in after),
+        "tasks": lambda tasks: tuple(tuple((k, shard) for k, shard in task) for task in tasks),
+    }
+    known = {f: tree[f] for f in Submission.__slots__ if f in tree}
+    return Submission(**{f: read[f](v) if f in read else v for f, v in known.items()})

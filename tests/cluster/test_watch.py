@@ -24,8 +24,6 @@ from medtrain.shards import Phase, Request, attempt_units, open_phase
 from medtrain.status import RunStatus, StageStatus
 from tests.cluster.scene import QUIET, Scene, history_line, queue_line
 
-NOW = time.time()
-
 
 @pytest.fixture
 def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
@@ -313,7 +311,7 @@ def dying(scene: Scene, monkeypatch: pytest.MonkeyPatch, *, age_s: float) -> Non
         attempt_units(phase, [("candidates", 1)], QUIET)
     (ended,) = scene.run.generate.glob("shards/00001/21.*/ended-*")
     beat = ended.rename(ended.with_name("heartbeat"))
-    os.utime(beat, (NOW - age_s, NOW - age_s))
+    os.utime(beat, (time.time() - age_s, time.time() - age_s))
 
 
 def test_a_running_task_without_a_heartbeat_is_told(
@@ -344,8 +342,8 @@ def test_gpu_hours_are_those_of_every_incarnation(scene: Scene) -> None:
     scene.submitted("sft", ["sft"], "11", gpus=8)
     scene.slurm_says(
         "",
-        history_line("11", "TIMEOUT", start=NOW - 20_000, seconds=3600)
-        + history_line("11", "COMPLETED", start=NOW - 10_000, seconds=1800),
+        history_line("11", "TIMEOUT", start=time.time() - 20_000, seconds=3600)
+        + history_line("11", "COMPLETED", start=time.time() - 10_000, seconds=1800),
     )
     sft = stage(look(scene.run, scene.config), "sft")
     assert sft.gpu is not None
@@ -376,7 +374,7 @@ def test_rows_save_what_was_before_them(scene: Scene, monkeypatch: pytest.Monkey
     generating(scene)
     dying(scene, monkeypatch, age_s=300)
     scene.slurm_says(
-        "", history_line("13_1", "NODE_FAIL", start=int(NOW) - 60, seconds=3660, raw="21")
+        "", history_line("13_1", "NODE_FAIL", start=int(time.time()) - 60, seconds=3660, raw="21")
     )
     generate = stage(look(scene.run, scene.config), "generate")
     assert generate.gpu is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from medtrain.lineage import Lineage
 from medtrain.run import Run
 from tests.slurm.chain import Chain, ready_to_judge, undisturbed
 from tests.slurm.cluster import Cluster
@@ -181,8 +181,7 @@ def test_training_on_two_nodes(prepared: Path, tmp_path: Path, cluster: Cluster)
     assert code == 0, said
     run = Run(tmp_path / run_of(prepared).name)
     assert (run.adapter("sft") / "adapter_model.safetensors").exists()
-    rows = len(run.train_rows.read_text().splitlines())
-    steps = max(int(step) for step in re.findall(r'"step": (\d+)', run.metrics("sft").read_text()))
+    receipt = Lineage(run).receipt("sft")
+    assert receipt is not None
     per_step = yaml.safe_load(prepared.read_text())["sft"]["batch_size"] * 2
-    assert steps == -(-rows // per_step), said
-    assert os.environ.get("SLURM_JOB_ID") is None
+    assert receipt["counts"]["steps"] == -(-receipt["counts"]["train_rows"] // per_step)

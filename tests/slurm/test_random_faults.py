@@ -234,11 +234,12 @@ class Round:
 
     def _damage(self, target: int, how: Callable[[Path], object]) -> str:
         shards = self.chain.run.judge / "shards"
-        found = [*shards.glob("*/*/journal.jsonl"), *shards.glob("*/*/rows.jsonl"),
-                 *shards.glob("*/done.json")]  # fmt: skip
+        kind = ("*/*/journal.jsonl", "*/*/rows.jsonl", "*/done.json")[target % 3]
+        while not (found := sorted(shards.glob(kind))) and not self._over.is_set():
+            time.sleep(0.02)
         if not found:
             return ""
-        victim = sorted(found)[target % len(found)]
+        victim = found[target // 3 % len(found)]
         with suppress(FileNotFoundError):
             how(victim)
         return str(victim.relative_to(shards))
