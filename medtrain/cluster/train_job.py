@@ -17,7 +17,6 @@ from contextlib import suppress
 from types import FrameType
 
 from medtrain.cluster.requeue import requeue
-from medtrain.cluster.slurm import Slurm
 from medtrain.cluster.steps import failure_noted
 from medtrain.config import RunConfig
 from medtrain.console import Console
@@ -57,7 +56,7 @@ def train_job(run: Run, config: RunConfig, stage: str, arguments: Sequence[str])
     step = subprocess.Popen(srun_command(config, [stage, *arguments]), env=environment)
     code = _wait(step)
     if code is None:
-        _queue_again(config)
+        requeue(config.cluster.max_requeues)
         raise TryAgainError(f"{stage} was stopped before its time limit; it goes on from its last "
                             "checkpoint")  # fmt: skip
     if code == 0:
@@ -68,19 +67,10 @@ def train_job(run: Run, config: RunConfig, stage: str, arguments: Sequence[str])
     if failure is not None:
         code = failure["exit_code"]
     if code == TryAgainError.exit_code:
-        _queue_again(config)
+        requeue(config.cluster.max_requeues)
     if failure is not None:
         raise from_exit_code(code, failure["message"], failure["fix"])
     raise _other(stage, code)
-
-
-def _queue_again(config: RunConfig) -> None:
-    """Queue this job again, unless Slurm is ending it: a job that was cancelled stays so."""
-    job = os.environ.get("SLURM_JOB_ID", "")
-    if any(task.state != "RUNNING" for task in Slurm().queue([job] if job else [])):
-        print("Not queued again: Slurm is ending this job", flush=True)
-        return
-    requeue(config.cluster.max_requeues)
 
 
 def srun_command(config: RunConfig, arguments: Sequence[str]) -> list[str]:

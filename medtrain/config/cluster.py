@@ -18,7 +18,9 @@ JobKind = Literal["cpu", "sft", "merge", "generate", "judge", "dpo", "evaluate"]
 jobs that open and collect the arrays. `judge` also judges the evaluation's answers."""
 
 # A secret in the configuration would end in scripts, logs and reports.
-_SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)", re.IGNORECASE)
+_SECRET = r"(?:API)?(?:KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)S?"
+_SECRET_NAME = re.compile(rf"(?:^|_){_SECRET}(?:_|$)", re.IGNORECASE)
+_SECRET_GIVEN = re.compile(rf"\b(\w*_)?{_SECRET}=[^$\s]", re.IGNORECASE)
 
 
 class Resources(Section):
@@ -107,6 +109,16 @@ class ClusterConfig(Resources):
                 "put it into cluster.secrets_file"
             )
         return environment
+
+    @model_validator(mode="after")
+    def _no_secrets_in_shell_lines(self) -> ClusterConfig:
+        for line in (*self.setup, self.activate or "", self.container or "", *self.srun):
+            if found := _SECRET_GIVEN.search(line):
+                raise ValueError(
+                    f"a shell line sets a secret ({found[0].partition('=')[0]}=…): it would stand "
+                    "in every script; use cluster.secrets_file"
+                )
+        return self
 
     @model_validator(mode="after")
     def _sbatch_options_are_free(self) -> ClusterConfig:

@@ -64,7 +64,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree.setdefault("name", path.stem if path.stem != "config" else path.parent.name)
     for override in overrides:
         _apply_override(tree, override)
-    _lay_over_site(tree)
+    if not (path.parent / "stages").is_dir():  # a run's own configuration has it in it
+        _lay_over_site(tree)
     return parse_config(tree, source=str(path))
 
 

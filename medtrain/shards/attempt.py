@@ -7,11 +7,12 @@ attempt that gets there. However the attempt ends, it says so, unless its proces
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from medtrain.errors import MedtrainError
-from medtrain.files import sha256_file, write_jsonl
+from medtrain.files import atomic_writer, json_line
 from medtrain.shards.history import Result, finished, finished_rows, forgive, look_back
 from medtrain.shards.journal import Journal
 from medtrain.shards.liveness import AttemptMark, Beat, Heartbeat
@@ -153,19 +154,23 @@ class _Attempt:
         """Write the rows in plan order, and their receipt."""
         shard, results = self._files.shard, [self._finished[row] for row in self._hashes]
         rows = self._files.attempt(self._mark.attempt).rows
-        count = write_jsonl(
-            rows,
-            ({"id": row, **result} for row, result in zip(self._hashes, results, strict=True)),
-        )
+        # Not of the file as it is read back: that may be damaged already.
+        sha256, size = hashlib.sha256(), 0
+        with atomic_writer(rows) as handle:
+            for row, result in zip(self._hashes, results, strict=True):
+                line = json_line({"id": row, **result})
+                sha256.update(line)
+                size += len(line)
+                handle.write(line)
         receipt = {
             "plan_id": self._plan.plan_id,
             "shard": shard,
             "attempt": self._mark.attempt,
             "attempts": self._attempts,
-            "rows": count,
+            "rows": len(results),
             "row_ids_digest": self._plan.digests[shard],
-            "bytes": rows.stat().st_size,
-            "sha256": sha256_file(rows),
+            "bytes": size,
+            "sha256": sha256.hexdigest(),
             "errors": sum("error" in result for result in results),
             "quarantined": sum(bool(result.get("quarantined")) for result in results),
             "tokens": sum(int(result.get("tokens", 0)) for result in results),

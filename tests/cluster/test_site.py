@@ -214,7 +214,10 @@ def test_a_site_that_changes_changes_no_run_that_has_begun(
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(dump_config(resolved))
-    write(named, {**SITE, "partition": "other", "gpus": 8})
+    (run / "stages").mkdir()
+    write(named, {**SITE, "partition": "other", "gpus": 8, "sbatch": {"nice": 5}})
+    assert load_config(run).cluster == resolved.cluster
+    named.unlink()
     assert load_config(run).cluster == resolved.cluster
 
 
@@ -250,3 +253,13 @@ def test_secrets_are_refused_without_being_shown(name: str) -> None:
     assert name in str(caught.value)
     assert "secrets_file" in str(caught.value)
     assert "planted-value" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["setup", "srun"])
+def test_a_secret_in_a_shell_line_is_refused_without_being_shown(key: str) -> None:
+    with pytest.raises(ConfigError, match="sets a secret") as refused:
+        config_of({"environment": {"TOKENIZERS_PARALLELISM": "false"}})
+    config_of({key: ["export HF_TOKEN=hf_planted"]})
+    assert "planted" not in str(refused.value)
+    config_of({"environment": {"TOKENIZERS_PARALLELISM": "false"}})
+    config_of({key: ["export HF_TOKEN=$(cat ~/.token)", "export TOKENIZERS_PARALLELISM=false"]})
