@@ -258,8 +258,7 @@ def test_secrets_are_refused_without_being_shown(name: str) -> None:
 @pytest.mark.parametrize("key", ["setup", "srun"])
 def test_a_secret_in_a_shell_line_is_refused_without_being_shown(key: str) -> None:
     with pytest.raises(ConfigError, match="sets a secret") as refused:
-        config_of({"environment": {"TOKENIZERS_PARALLELISM": "false"}})
-    config_of({key: ["export HF_TOKEN=hf_planted"]})
+        config_of({key: ["export HF_TOKEN=hf_planted"]})
     assert "planted" not in str(refused.value)
     config_of({"environment": {"TOKENIZERS_PARALLELISM": "false"}})
     config_of({key: ["export HF_TOKEN=$(cat ~/.token)", "export TOKENIZERS_PARALLELISM=false"]})
