@@ -23,6 +23,7 @@ from medtrain.arguments import (
 
 if TYPE_CHECKING:
     from medtrain.cluster.submit import Queued
+    from medtrain.config import RunConfig
     from medtrain.console import Console
     from medtrain.run import Run
 
@@ -99,15 +100,15 @@ def submit(
     _say_queued(submit_chain(a_run, loaded, console, selection), a_run, console)
 
 
-def resume(run: RunPath) -> None:
-    """Queue what is missing of a run, as it was configured."""
+def resume(run: RunPath, overrides: Overrides = None) -> None:
+    """Queue what is missing of a run, as it was submitted; `cluster.key=value` changes how."""
     from medtrain.cluster.submit import resume_chain
     from medtrain.console import Console, quiet_libraries
 
     quiet_libraries()
-    _, a_run = load(run, None)
+    loaded, a_run = _existing(run, overrides)
     console = Console(a_run.log)
-    _say_queued(resume_chain(a_run, console), a_run, console)
+    _say_queued(resume_chain(a_run, loaded, console), a_run, console)
 
 
 def cancel(run: RunPath) -> None:
@@ -115,7 +116,7 @@ def cancel(run: RunPath) -> None:
     from medtrain.cluster.submit import cancel_chain
     from medtrain.console import Console
 
-    _, a_run = load(run, None)
+    _, a_run = _existing(run, None)
     console = Console(a_run.log)
     gone = cancel_chain(a_run)
     for submission in gone:
@@ -135,7 +136,7 @@ def collect(
     from medtrain.console import Console, quiet_libraries
 
     quiet_libraries()
-    loaded, a_run = load(run, overrides)
+    loaded, a_run = _existing(run, overrides)
     collect_stage(a_run, loaded, stage, Console(a_run.log))
 
 
@@ -149,7 +150,7 @@ def watch(
     from medtrain.cluster.watch import watch_run
     from medtrain.console import Console
 
-    loaded, a_run = load(run, None)
+    loaded, a_run = _existing(run, None)
     raise typer.Exit(watch_run(a_run, loaded, Console(), every_s=every))
 
 
@@ -215,6 +216,23 @@ def job_shards(stage: StageArgument, config: ConfigPath, overrides: Overrides = 
     quiet_libraries()
     loaded, a_run = load(config, overrides)
     shards_of_this_task(a_run, loaded, stage, Console(a_run.log))
+
+
+def _existing(run: str, overrides: list[str] | None) -> tuple[RunConfig, Run]:
+    """A run that has been begun.
+
+    Raises:
+        ConfigError: there is none yet.
+    """
+    from medtrain.errors import ConfigError
+
+    loaded, a_run = load(run, overrides)
+    if not a_run.stages.is_dir():
+        raise ConfigError(
+            f"There is no run at {a_run.root}",
+            fix=f"Begin it: medtrain submit {run}, or medtrain run {run}.",
+        )
+    return loaded, a_run
 
 
 def _only_trained(stage: str) -> None:

@@ -186,7 +186,10 @@ class Lineage:
             if name == wanted or name.startswith(f"{wanted}/")
         ]
         if not parts:
-            raise DataError(f"{path} has not been made yet")
+            raise DataError(
+                f"{path} has not been made yet",
+                fix=f"Run the stages before: medtrain run {self.run.config} --until STAGE",
+            )
         return digest_of(sorted(parts))
 
     def _describe(self, outputs: Iterable[Path]) -> dict[str, dict[str, Any]]:

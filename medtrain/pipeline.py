@@ -25,7 +25,7 @@ from medtrain.inputs import anchored, portable
 from medtrain.lineage import Fingerprint, Lineage, Standing, choose, flatten, versions
 from medtrain.run import Run
 from medtrain.selection import Selection
-from medtrain.shards import Drive, UnsoundShardError, collect_only, run_here
+from medtrain.shards import CollectOnly, Drive, UnsoundShardError, run_here
 from medtrain.stages import STAGES, Stage
 
 _PEER_WAIT_S = 120.0
@@ -213,7 +213,7 @@ class Pipeline:
             raise
         if is_rank_zero():
             seconds = time.monotonic() - began
-            if drive is collect_only:  # the work was done before, by others
+            if isinstance(drive, CollectOnly):  # the work was done before, by others
                 seconds = time.time() - self.lineage.began_at(stage.name)
             self._finish(stage, fingerprint, counts, seconds)
 

@@ -24,6 +24,10 @@ from typing import Literal
 
 from medtrain.errors import ConfigError, TryAgainError
 
+_SUBMITTING_WAIT_S = 300.0
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What flock says on a file system that has no locks."""
+
 Trained = Literal["sft", "dpo"]
 
 _LOCK_HELD = "MEDTRAIN_LOCK_HELD"
@@ -294,14 +298,21 @@ class Run:
 
     @contextmanager
     def submitting(self) -> Iterator[None]:
-        """Hold the right to submit jobs of this run; waits for whoever has it."""
-        with (self.root / ".lock.submit").open("a") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            except OSError as error:
-                # Without locks, the ledger lets only one of two submitters publish an intent.
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                    raise
+        """Hold the right to submit jobs of this run; waits a while for whoever has it.
+
+        Raises:
+            TryAgainError: another process has held it for minutes.
+        """
+        deadline = time.monotonic() + _SUBMITTING_WAIT_S
+        with ExitStack() as held:
+            while True:
+                try:
+                    held.enter_context(self._hold(".lock.submit"))
+                    break
+                except TryAgainError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.1)
             yield
 
     @contextmanager
@@ -322,7 +333,13 @@ class Run:
         with (self.root / name).open("a+") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except OSError as error:
+                # Without locks, the shards' and the ledger's publications still have one winner.
+                if error.errno in _NO_LOCKS:
+                    yield
+                    return
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
                 handle.seek(0)
                 raise TryAgainError(
                     f"Another medtrain works in {self.root} ({handle.read().strip()})",

@@ -41,7 +41,7 @@ def show_dry_run(
                 print(f"# {shlex.join(script.command)}")
             print(script.text.rstrip() + "\n")
             if script.sourced:
-                print(f"##### {job.key}{part}: MEDTRAIN_JOB_SETUP\n{script.sourced}")
+                print(f"##### {job.key}{part}: setup.sh\n{script.sourced}")
     console.show(chain_table([job for job, _ in jobs], config))
 
 
@@ -60,7 +60,10 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in columns:
         right = column in ("tasks", "hours")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+        # Names and ids are copied; what a job does can give way.
+        whole = column in ("job", "id", "tasks", "hours")
+        table.add_column(column, justify="right" if right else "left", no_wrap=whole,
+                         overflow="fold" if whole else "ellipsis")  # fmt: skip
     return table
 
 

@@ -8,12 +8,14 @@ training goes through slurm/train.sbatch, which a person can submit as well.
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from medtrain.cluster.chain import ChainJob
+from medtrain.cluster.intents import settle
 from medtrain.cluster.ledger import NO_REPAIR, Condition, Ledger, Repair, Submission
 from medtrain.cluster.sbatch import flags, sbatch, train_script
 from medtrain.cluster.site import (
@@ -24,6 +26,7 @@ from medtrain.cluster.site import (
     setup_lines,
     total_gpus,
 )
+from medtrain.cluster.slurm import Slurm
 from medtrain.config import RunConfig
 from medtrain.errors import TryAgainError
 from medtrain.files import write_text
@@ -50,12 +53,29 @@ class Dispatcher:
     """Submits the jobs of one run."""
 
     def __init__(
-        self, run: Run, config: RunConfig, *, max_array_size: int = DEFAULT_MAX_ARRAY_SIZE
+        self,
+        run: Run,
+        config: RunConfig,
+        *,
+        max_array_size: int = DEFAULT_MAX_ARRAY_SIZE,
+        chain: str = "",
+        numbers: Counter[str] | None = None,
     ) -> None:
+        """Submits for `run`.
+
+        Args:
+            run: the run.
+            config: what jobs ask for.
+            max_array_size: Slurm's MaxArraySize.
+            chain: that the jobs belong to.
+            numbers: `Ledger.next_numbers()` of the moment in which it was decided what to submit.
+        """
         self.run = Run(run.root.absolute())
         self.config = config
         self.ledger = Ledger(self.run)
         self._max_array_size = max_array_size
+        self._chain = chain
+        self._numbers = numbers if numbers is not None else self.ledger.next_numbers()
 
     def submit(
         self,
@@ -76,28 +96,40 @@ class Dispatcher:
         Raises:
             TryAgainError: somebody else submits the same job at this moment.
             ConfigError: sbatch refuses it.
+            SlurmUnreachableError: Slurm does not answer.
         """
+        intent = self._intend(job, repair)
+        dependency = dependency_of(job.after, waits_for)
+        options = self._options(job, intent, dependency, extra or {})
+        try:
+            ids, starts = self._sbatch(job, intent, options)
+        except Exception:
+            # sbatch may have failed after Slurm took the job.
+            if settle(self.run, Slurm(), intent).job_ids:
+                return self.ledger.one(intent.key, intent.number)
+            raise
+        noted = self.ledger.note(intent, ids, starts)
+        if noted.job_ids != tuple(ids):
+            Slurm().cancel(ids)
+            raise _submitted_by_another(self.run, job.key)
+        return noted
+
+    def _intend(self, job: ChainJob, repair: Repair) -> Submission:
+        number = self._numbers[job.key]
         intent = self.ledger.intend(
             job.key,
             steps=job.steps,
             after=job.after,
             tasks=job.tasks,
             gpus=total_gpus(self.config, job.kind),
+            chain=self._chain,
             repair=repair,
+            number=number,
         )
         if intent is None:
-            raise TryAgainError(
-                f"Another medtrain submits {job.key} of this run at this moment",
-                fix=f"See what is queued: medtrain status {self.run.root}",
-            )
-        dependency = dependency_of(job.after, waits_for)
-        options = self._options(job, intent, dependency, extra or {})
-        try:
-            ids, starts = self._sbatch(job, intent, options)
-        except Exception:
-            self.ledger.give_up(intent)
-            raise
-        return self.ledger.note(intent, ids, starts)
+            raise _submitted_by_another(self.run, job.key)
+        self._numbers[job.key] = number + 1
+        return intent
 
     def scripts(self, job: ChainJob) -> list[Script]:
         """What `submit` would hand to sbatch, without a trace: names stand for job ids."""
@@ -120,7 +152,7 @@ class Dispatcher:
         if job.trains:
             script = self._train_script(job, intent, options)
             write_text(folder / "setup.sh", script.sourced)
-            return [sbatch(script.command, self._train_environment(folder))], [0]
+            return [sbatch(script.command)], [0]
         from medtrain.cluster.tasks import ChainTask, ShardTask
 
         if not job.tasks:
@@ -175,15 +207,19 @@ class Dispatcher:
             "signal": f"B:USR1@{self.config.cluster.signal_delay_s}",
         }
         stage = job.steps[0][1]
-        command = ["sbatch", "--parsable", *flags(given), str(script), stage, str(self.run.root)]
-        sourced = "\n".join(setup_lines(self.config)) + "\n"
+        # Not by environment: a site may keep that from jobs.
+        arguments = ["--setup", str(folder / "setup.sh"), stage, str(self.run.root)]
+        command = ["sbatch", "--parsable", *flags(given), str(script), *arguments]
+        python = f"export MEDTRAIN_PYTHON={shlex.quote(batch_python(self.config))}"
+        sourced = "\n".join([*setup_lines(self.config), python]) + "\n"
         return Script(tuple(command), script.read_text(encoding="utf-8"), sourced)
 
-    def _train_environment(self, folder: Path) -> dict[str, str]:
-        return {
-            "MEDTRAIN_JOB_SETUP": str(folder / "setup.sh"),
-            "MEDTRAIN_PYTHON": batch_python(self.config),
-        }
+
+def _submitted_by_another(run: Run, key: str) -> TryAgainError:
+    return TryAgainError(
+        f"Another medtrain submits {key} of this run at this moment",
+        fix=f"See what is queued: medtrain status {run.root}",
+    )
 
 
 def dependency_of(

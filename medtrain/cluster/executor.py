@@ -10,12 +10,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import submitit
 from submitit.core import utils
 
+from medtrain.cluster.requeue import requeue_lines
 from medtrain.cluster.sbatch import outside_of_a_job, refused
 from medtrain.cluster.site import Options, setup_lines
 from medtrain.config import RunConfig
@@ -44,7 +47,8 @@ class ArrayExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
             signal_delay_s=config.cluster.signal_delay_s,
             array_parallelism=parallelism,
             stderr_to_stdout=True,
-            setup=setup_lines(config),
+            setup=[*setup_lines(config), "set +e"],
+            teardown=requeue_lines(config.cluster.max_requeues),
             # srun does not take over the batch job's cores by itself.
             srun_args=[*([f"--cpus-per-task={cpus}"] if cpus else []), *config.cluster.srun],
             wckey=None,
@@ -61,10 +65,12 @@ class ArrayExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
 
         Raises:
             ConfigError: sbatch refuses.
+            SlurmUnreachableError: Slurm does not answer.
         """
         delayed = [utils.DelayedSubmission(task) for task in tasks]
         try:
-            with outside_of_a_job():
+            # What sbatch says is the error's to tell, once.
+            with outside_of_a_job(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
                 jobs = self._internal_process_submissions(delayed)
         except (utils.FailedJobError, utils.FailedSubmissionError) as error:
             raise refused(str(error)) from error

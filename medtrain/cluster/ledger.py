@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -62,6 +63,8 @@ class Submission:
     """Of an array: what each task does. Empty for a plain job."""
     gpus: int = 0
     """GPUs of one task (of all nodes together, in training)."""
+    chain: str = ""
+    """Names the chain it is a part of: what is queued while a part of it lives belongs to it."""
     repair: Repair = NO_REPAIR
     """Which round of repair it belongs to."""
     made_by: str = ""
@@ -129,10 +132,16 @@ class Ledger:
         after: Iterable[tuple[str, Condition]] = (),
         tasks: Iterable[Iterable[Unit]] = (),
         gpus: int = 0,
+        chain: str = "",
         repair: Repair = NO_REPAIR,
+        number: int | None = None,
     ) -> Submission | None:
-        """Publish an intent; None if somebody else has just published the same one."""
-        number = sum(1 for s in self.all() if s.key == key)
+        """Publish an intent; None if somebody else has published one of this key and number.
+
+        Without a number it is the next one. Who decided by what the ledger held some time ago gives
+        the number that was next then, so that of two who decide at once only one submits.
+        """
+        number = self.next_numbers()[key] if number is None else number
         submission = Submission(
             key=key,
             number=number,
@@ -141,6 +150,7 @@ class Ledger:
             after=tuple(after),
             tasks=tuple(tuple(units) for units in tasks),
             gpus=gpus,
+            chain=chain,
             repair=repair,
             made_by=f"{socket.gethostname()}:{os.getpid()}",
             made_at=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
@@ -148,6 +158,10 @@ class Ledger:
         self.run.submissions.mkdir(exist_ok=True)
         won = publish(self._intent(key, number), sealed(_to_json(submission)))
         return submission if won else None
+
+    def next_numbers(self) -> Counter[str]:
+        """Of every key, the number that its next submission has."""
+        return Counter(submission.key for submission in self.all())
 
     def note(
         self, submission: Submission, job_ids: Sequence[str], starts: Sequence[int]
@@ -157,9 +171,9 @@ class Ledger:
         publish(self._note(submission.key, submission.number), sealed(noted))
         return self._read(self._intent(submission.key, submission.number))
 
-    def give_up(self, submission: Submission) -> None:
+    def give_up(self, submission: Submission) -> Submission:
         """Note that an intent came to nothing: no job of it exists, or it was cancelled."""
-        self.note(submission, (), ())
+        return self.note(submission, (), ())
 
     def was_noted(self, submission: Submission) -> bool:
         """Whether its job ids are known, or that there are none."""

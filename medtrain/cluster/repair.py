@@ -8,14 +8,18 @@ command that does it is said.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from medtrain.cluster.chain import ChainJob, phase_of
 from medtrain.cluster.dispatch import Dispatcher, dependency_of
+from medtrain.cluster.intents import settle_all
 from medtrain.cluster.ledger import Ledger, Repair, Step, Submission
+from medtrain.cluster.requeue import is_being_ended
 from medtrain.cluster.site import Options
-from medtrain.cluster.slurm import Slurm
+from medtrain.cluster.slurm import Slurm, SlurmUnreachableError
 from medtrain.config import RunConfig
 from medtrain.console import Console
 from medtrain.errors import (
@@ -34,10 +38,9 @@ from medtrain.shards import Unit, missing_units, rows_finished, take_for_dead
 Tasks = tuple[tuple[Unit, ...], ...]
 _NOT_WORTH_REPEATING = (ConfigError.exit_code, DataError.exit_code)
 _MENDED_BY_TIME = (EndpointError.exit_code, TryAgainError.exit_code)
-PATIENCE_S = 5.0
-"""How long an absent file is looked for again: network file systems remember absence that long."""
 
 
+_OUTAGE_S, _OUTAGE_PAUSE_S = 900.0, 10.0
 _MOST_ROUNDS = 20
 """However much each of them finishes: a cluster's time is not ours to burn."""
 
@@ -65,16 +68,15 @@ def repair(run: Run, config: RunConfig, console: Console, closing: Submission, s
     now = Repair(before.round + 1, before.in_vain + (rows <= before.rows), rows)
     if now.in_vain > config.cluster.repair_rounds or now.round > _MOST_ROUNDS:
         raise _given_up(run, step, tasks, before.round, failures)
+    _check_may_submit(run, tasks, step)
     try:
         with run.submitting():
+            if is_being_ended():
+                raise TryAgainError("This job is being cancelled, so nothing is repaired")
             extra = _extra_options(config, failures, now)
-            _submit_again(run, config, closing, step, tasks, now, extra)
-    except (ConfigError, OSError) as error:
-        raise TryAgainError(
-            f"{len(tasks)} tasks of {step[1]} are missing, and this node cannot submit jobs "
-            f"({str(error).splitlines()[0]})",
-            fix=f"On a login node: medtrain resume {run.root}",
-        ) from error
+            _Resubmission(run, config, closing, step, tasks, now, extra).patiently()
+    except ConfigError as error:
+        raise _cannot_submit(run, tasks, step, error.message) from error
     console.event(
         "repair",
         f"{len(tasks)} tasks of {step[1]} are submitted again",
@@ -90,7 +92,6 @@ def missing_tasks(
     config: RunConfig,
     step: Step,
     *,
-    patience_s: float = PATIENCE_S,
     jobs_are_over: bool = False,
 ) -> Tasks:
     """The tasks of a phase that have a shard without a sound receipt.
@@ -99,13 +100,12 @@ def missing_tasks(
         run: the run.
         config: its configuration.
         step: of the phase.
-        patience_s: how long to look for receipts that seem to be absent.
         jobs_are_over: Slurm says that no job computes the phase any more, so that attempts without
             an end have died.
     """
     row = phase_of(step)
     with row.open(run, config) as phase:
-        missing = set(missing_units(phase, patience_s=patience_s))
+        missing = set(missing_units(phase))
         if jobs_are_over:
             take_for_dead(phase, missing)
     grouped = {unit for task in row.tasks(config) for unit in task}
@@ -153,27 +153,79 @@ def _extra_options(
     return extra
 
 
-def _submit_again(
-    run: Run,
-    config: RunConfig,
-    closing: Submission,
-    step: Step,
-    tasks: Tasks,
-    repair: Repair,
-    extra: Options,
-) -> None:
-    slurm = Slurm()
-    dispatcher = Dispatcher(run, config, max_array_size=slurm.max_array_size())
-    key = f"{step[1]}.{step[2]}"
-    array = ChainJob(key, phase_of(step).kind, (("shards", step[1], step[2]),), (), tasks)
-    steps = closing.steps[closing.steps.index(step) :]
-    collect = ChainJob(closing.key, "cpu", steps, ((key, "afterany"),))
-    waits_for = {}
-    if tasks:  # a process that Slurm had lost may have finished its shard meanwhile
-        submitted = dispatcher.submit(array, {}, repair=repair, extra=extra)
-        waits_for = {key: submitted.job_ids}
-    dispatcher.submit(collect, waits_for, repair=repair)
-    move_dependents(dispatcher.ledger, slurm, closing.key)
+@dataclass(frozen=True)
+class _Resubmission:
+    """An array of missing shards, and a collect job behind it."""
+
+    run: Run
+    config: RunConfig
+    closing: Submission
+    step: Step
+    tasks: Tasks
+    repair: Repair
+    extra: Options
+
+    def patiently(self) -> None:
+        """Submit both, and move the jobs that wait; where Slurm does not answer, again and again.
+
+        Raises:
+            SlurmUnreachableError: it has not answered for a quarter of an hour.
+        """
+        slurm, deadline = Slurm(), time.monotonic() + _OUTAGE_S
+        while True:
+            try:
+                settle_all(self.run, slurm)
+                self._submit(slurm)
+                move_dependents(Ledger(self.run), slurm, self.closing.key)
+                return
+            except SlurmUnreachableError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_OUTAGE_PAUSE_S)
+
+    def _submit(self, slurm: Slurm) -> None:
+        dispatcher = Dispatcher(
+            self.run,
+            self.config,
+            max_array_size=slurm.max_array_size(),
+            chain=self.closing.chain,
+        )
+        _, stage, phase = self.step
+        key = f"{stage}.{phase}"
+        kind = phase_of(self.step).kind
+        array = ChainJob(key, kind, (("shards", stage, phase),), (), self.tasks)
+        steps = self.closing.steps[self.closing.steps.index(self.step) :]
+        collect = ChainJob(self.closing.key, "cpu", steps, ((key, "afterany"),))
+        waits_for = {}
+        if self.tasks:  # a process that Slurm had lost may have finished its shard meanwhile
+            waits_for = {key: self._once(dispatcher, array, {}, self.extra).job_ids}
+        self._once(dispatcher, collect, waits_for, {})
+
+    def _once(
+        self,
+        dispatcher: Dispatcher,
+        job: ChainJob,
+        waits_for: Mapping[str, Sequence[str]],
+        extra: Options,
+    ) -> Submission:
+        """Submit a job, unless a try before an outage has done so."""
+        newest = dispatcher.ledger.latest().get(job.key)
+        this = (self.closing.chain, self.repair)
+        if newest is not None and newest.job_ids and (newest.chain, newest.repair) == this:
+            return newest
+        return dispatcher.submit(job, waits_for, repair=self.repair, extra=extra)
+
+
+def _check_may_submit(run: Run, tasks: Tasks, step: Step) -> None:
+    if not Slurm().can_submit():
+        raise _cannot_submit(run, tasks, step, "there is no sbatch")
+
+
+def _cannot_submit(run: Run, tasks: Tasks, step: Step, why: str) -> TryAgainError:
+    return TryAgainError(
+        f"{len(tasks)} tasks of {step[1]} are missing, and this node cannot submit jobs ({why})",
+        fix=f"On a login node: medtrain resume {run.root}",
+    )
 
 
 def _check_failures(run: Run, failures: Sequence[dict[str, Any]]) -> None:

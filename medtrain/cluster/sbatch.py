@@ -10,9 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from medtrain.cluster.slurm import unreachable
 from medtrain.errors import ConfigError, MedtrainError
 
-_JOB_ID = re.compile(r"^(\d+)")
+# With --parsable: the id, and after a semicolon the cluster. A site's wrapper may say more.
+_JOB_ID = re.compile(r"^(\d+)(?:;\S+)?$", re.MULTILINE)
+_UNREACHABLE = re.compile(
+    r"unable to contact|socket timed out|connection (?:refused|reset)|communication", re.IGNORECASE
+)
 
 
 def flags(options: Mapping[str, str | int | bool]) -> list[str]:
@@ -41,34 +46,38 @@ def train_script() -> Path:
     )
 
 
-def sbatch(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """Run an sbatch command with `--parsable` and further environment; the job's id.
+def sbatch(command: Sequence[str]) -> str:
+    """Run an sbatch command with `--parsable`; the job's id.
 
     Raises:
         ConfigError: sbatch refuses.
+        SlurmUnreachableError: Slurm does not answer.
     """
     with outside_of_a_job():
         done = subprocess.run(
             command,
-            env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=False,
         )
-    found = _JOB_ID.match(done.stdout)
+    found = _JOB_ID.search(done.stdout)
     if done.returncode or not found:
         raise refused(done.stderr or done.stdout)
     return found[1]
 
 
-def refused(said: str) -> ConfigError:
+def refused(said: str) -> MedtrainError:
     """sbatch's answer as an error of ours."""
-    words = " ".join(said.split()).removeprefix("sbatch: error: ")
+    lines = [line.removeprefix("sbatch: error: ").strip() for line in said.splitlines()]
+    words = "; ".join(line for line in lines if line)
+    if _UNREACHABLE.search(words):
+        return unreachable(f"sbatch says: {words[:400]}")
     return ConfigError(
         f"sbatch refuses the job: {words[:400]}",
-        fix="Look at `cluster:` in the configuration and at slurm/site.yaml; `medtrain submit "
-        "CONFIG --dry-run` shows every script, `medtrain doctor --cluster` what the site has.",
+        fix="Look at `cluster:` in the configuration and at slurm/site.yaml; a run that exists "
+        "keeps its values until `medtrain submit RUN cluster.partition=…` gives others. "
+        "`medtrain doctor --cluster` says what the site has.",
     )
 
 

@@ -88,6 +88,8 @@ def setup_lines(config: RunConfig) -> list[str]:
     lines += [cluster.activate] if cluster.activate else []
     lines += cluster.setup
     lines += [f"export {k}={shlex.quote(v)}" for k, v in job_environment(config).items()]
+    # srun hands on what the job has, also where the site keeps the submitter's environment from it.
+    lines.append("export SLURM_EXPORT_ENV=ALL")
     # What a shell inside a job inherits about processor binding is the submitter's, not its own.
     lines.append("unset SLURM_CPU_BIND SLURM_CPU_BIND_LIST SLURM_CPU_BIND_TYPE")
     return lines

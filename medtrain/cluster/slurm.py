@@ -160,16 +160,17 @@ class Slurm:
                 timeout=self._timeout_s,
             )
         except subprocess.TimeoutExpired:
-            raise _unreachable(f"{program} has not answered for {self._timeout_s:g} s") from None
+            raise unreachable(f"{program} has not answered for {self._timeout_s:g} s") from None
         except OSError as error:
-            raise _unreachable(f"{program} cannot be run: {error.strerror}") from error
+            raise unreachable(f"{program} cannot be run: {error.strerror}") from error
         if done.returncode and not (allow and allow.search(done.stderr)):
             said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-            raise _unreachable(f"{program} says: {said[0]}")
+            raise unreachable(f"{program} says: {said[0]}")
         return done.stdout
 
 
-def _unreachable(what: str) -> SlurmUnreachableError:
+def unreachable(what: str) -> SlurmUnreachableError:
+    """The error for a command that got no answer."""
     return SlurmUnreachableError(
         f"Slurm does not answer: {what}",
         fix="Jobs that run go on. Try again in a minute, on a login node of the cluster.",

@@ -21,28 +21,29 @@ def step_mark(run: Run, submission: Submission, number: int) -> Path:
     return run.job_folder(submission.key, submission.number) / f"step.{number}.done"
 
 
-def newest_with(run: Run, step: Step) -> Submission | None:
-    """The newest submission that has a step."""
-    found = [s for s in Ledger(run).all() if step in s.steps]
-    return found[-1] if found else None
+def was_opened(run: Run, closing: Submission, step: Step) -> bool:
+    """Whether a job of the same chain has opened the phase that a step closes."""
+    return ("open", step[1], step[2]) in done_steps(run, closing.chain)
 
 
-def was_opened(run: Run, step: Step) -> bool:
-    """Whether the newest job that was to open a phase has done so."""
-    opening: Step = ("open", step[1], step[2])
-    newest = newest_with(run, opening)
-    return newest is not None and step_mark(run, newest, newest.steps.index(opening)).exists()
-
-
-def done_steps(run: Run) -> set[Step]:
-    """Steps that the newest job with them has done."""
-    newest = {
-        step: (submission, number)
+def done_steps(run: Run, chain: str) -> set[Step]:
+    """Steps that jobs of a chain have done. What an older chain did may have been undone."""
+    done = {
+        step
         for submission in Ledger(run).all()
+        if submission.chain == chain
         for number, step in enumerate(submission.steps)
+        if step_mark(run, submission, number).exists()
     }
-    done = {step for step, (s, number) in newest.items() if step_mark(run, s, number).exists()}
     return done | {("shards", stage, phase) for verb, stage, phase in done if verb == "close"}
+
+
+def forget_steps(run: Run, stage: str) -> None:
+    """Have no step of a stage count as done: it begins anew."""
+    for submission in Ledger(run).all():
+        for number, step in enumerate(submission.steps):
+            if step[1] == stage:
+                step_mark(run, submission, number).unlink(missing_ok=True)
 
 
 def doomed(pipeline: Pipeline, alive: Sequence[Submission]) -> list[Submission]:

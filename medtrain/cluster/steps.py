@@ -23,7 +23,7 @@ from medtrain.errors import TryAgainError, as_medtrain_error
 from medtrain.lineage import Lineage
 from medtrain.pipeline import Pipeline
 from medtrain.run import Run
-from medtrain.shards import UnsoundShardError, collect_only, open_phase
+from medtrain.shards import CollectOnly, UnsoundShardError, open_phase
 from medtrain.stages import by_name
 
 LOCK_WAIT_S = 600.0
@@ -57,7 +57,7 @@ def check_begun(run: Run, submission: Submission) -> None:
         TryAgainError: a job before it failed or was cancelled.
     """
     for step in submission.steps:
-        if step[0] == "close" and not was_opened(run, step):
+        if step[0] == "close" and not was_opened(run, submission, step):
             raise TryAgainError(
                 f"{step[2]} of {step[1]} were never begun: a job before this one failed or was "
                 "cancelled",
@@ -88,10 +88,10 @@ def run_step(run: Run, config: RunConfig, console: Console, step: Step) -> None:
     elif verb == "open":
         _open(run, config, pipeline, step)
     elif is_last_phase(step, config):
-        pipeline.bring(stage, drive=collect_only)
+        pipeline.bring(stage, drive=CollectOnly(config.cluster.look_again_s))
     else:
         with phase_of(step).open(run, config) as phase:
-            collect_only(phase, console)
+            CollectOnly(config.cluster.look_again_s)(phase, console)
 
 
 def _open(run: Run, config: RunConfig, pipeline: Pipeline, step: Step) -> None:

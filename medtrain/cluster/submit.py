@@ -7,32 +7,31 @@ else, whoever died in between: the ledger tells what was submitted, Slurm what b
 
 from __future__ import annotations
 
-import socket
-import time
+import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from medtrain.cluster.chain import ChainJob, plan_chain, steps_of
 from medtrain.cluster.dispatch import DEFAULT_MAX_ARRAY_SIZE, Dispatcher, Script
+from medtrain.cluster.intents import settle_all
 from medtrain.cluster.ledger import Ledger, Step, Submission
 from medtrain.cluster.repair import missing_tasks, move_dependents
 from medtrain.cluster.slurm import Slurm, SlurmUnreachableError
-from medtrain.cluster.standing import done_steps, doomed
+from medtrain.cluster.standing import done_steps, doomed, forget_steps
 from medtrain.config import RunConfig, dump_config, load_config
 from medtrain.console import Console
 from medtrain.endpoint import read_secrets
 from medtrain.errors import ConfigError, DataError, TryAgainError
 from medtrain.files import write_text
 from medtrain.inputs import anchored
+from medtrain.lineage import flatten
 from medtrain.pipeline import Pipeline
 from medtrain.run import Run
 from medtrain.selection import Selection
 from medtrain.stages import STAGES, Stage, needed_before
 
-_SUBMITTER_DIES_AFTER_S = 120.0
-"""An intent of another machine without a note of job ids is a dead submitter's after this long."""
 _HOW = ("launch", "cluster")
 """Sections that say how a run is computed, and not what."""
 
@@ -66,7 +65,9 @@ def submit_chain(run: Run, config: RunConfig, console: Console, selection: Selec
     pipeline = Pipeline(run, config, console)
     pipeline.check_key(chosen, also=read_secrets(config.cluster.secrets_file))
     run.create()
+    _check_names(run)
     with run.submitting():
+        numbers = Ledger(run).next_numbers()
         alive = _without_doomed(pipeline, slurm, living(run, slurm))
         if not alive:
             with run.lock():
@@ -75,23 +76,26 @@ def submit_chain(run: Run, config: RunConfig, console: Console, selection: Selec
         _check_configuration(run, config, alive)
         write_text(run.config, dump_config(anchored(config)))
         _forget_forced(run, pipeline, chosen, selection, alive)
-        return _queue(run, config, slurm, pipeline, chosen, alive)
+        return _queue(run, config, slurm, pipeline, chosen, alive, numbers)
 
 
-def resume_chain(run: Run, console: Console) -> Queued:
-    """Queue what is missing of a run under the configuration it has, as far as it was submitted."""
+def resume_chain(run: Run, config: RunConfig, console: Console) -> Queued:
+    """Queue what is missing of a run, as far as it was submitted before."""
     ever = {stage for submission in Ledger(run).all() for stage in submission.stages}
     last = next((stage.name for stage in reversed(STAGES) if stage.name in ever), None)
-    return submit_chain(run, load_config(run.config), console, Selection(until=last))
+    return submit_chain(run, config, console, Selection(until=last))
 
 
 def cancel_chain(run: Run, slurm: Slurm | None = None) -> list[Submission]:
     """Cancel whatever of a run is queued or runs; what is finished is kept.
 
     Raises:
+        ConfigError: Slurm is not here.
         SlurmUnreachableError: Slurm does not answer.
     """
     slurm = slurm or Slurm()
+    if not slurm.is_available():
+        raise ConfigError("This machine has no Slurm", fix="Cancel on a login node of the cluster.")
     with run.submitting():
         alive = living(run, slurm)
         slurm.cancel(job_id for s in alive for job_id in s.job_ids)
@@ -130,10 +134,8 @@ def dry_run(
 
 def living(run: Run, slurm: Slurm) -> list[Submission]:
     """The submissions that Slurm has yet to finish; intents of dead submitters are cleared up."""
-    ledger = Ledger(run)
-    for intent in (s for s in ledger.all() if not ledger.was_noted(s)):
-        _settle_intent(run, ledger, slurm, intent)
-    everything = ledger.all()
+    settle_all(run, slurm)
+    everything = Ledger(run).all()
     states = slurm.queue(job_id for s in everything for job_id in s.job_ids)
     going_on = {state.job_id for state in states if not state.ended}
     return [s for s in everything if going_on.intersection(s.job_ids)]
@@ -148,31 +150,13 @@ def _without_doomed(
     return [submission for submission in alive if submission not in lost]
 
 
-def _settle_intent(run: Run, ledger: Ledger, slurm: Slurm, intent: Submission) -> None:
-    """A submitter died between publishing its intent and writing down the job ids: its job is
-    adopted where it is whole, and cancelled otherwise."""
-    host = intent.made_by.partition(":")[0]
-    age_s = time.time() - datetime.fromisoformat(intent.made_at).timestamp()
-    if host != socket.gethostname() and age_s < _SUBMITTER_DIES_AFTER_S:
-        raise TryAgainError(
-            f"{intent.key} is being submitted by {intent.made_by}", fix="Try again in two minutes."
+def _check_names(run: Run) -> None:
+    """Slurm fills in patterns in the names of logs."""
+    if any(character in str(run.root) for character in "%\\\n"):
+        raise ConfigError(
+            f"Slurm cannot write logs into {run.root}: it takes % and \\ for its own",
+            fix="Choose another output_dir or name.",
         )
-    found = {t.job_id for t in slurm.queue_by_comment(intent.comment) if not t.ended}
-    if len(found) == 1 and _is_whole(run, intent, next(iter(found))):
-        ledger.note(intent, sorted(found), [0])
-        return
-    slurm.cancel(sorted(found))
-    ledger.give_up(intent)
-
-
-def _is_whole(run: Run, intent: Submission, job_id: str) -> bool:
-    """Whether every task of a job finds its arguments."""
-    if intent.steps[0][0] == "train":
-        return True
-    folder = run.job_folder(intent.key, intent.number)
-    count = len(intent.tasks)
-    names = [f"{job_id}_{i}" for i in range(count)] if count > 1 else [job_id]
-    return all((folder / f"{name}_submitted.pkl").exists() for name in names)
 
 
 def _check_before(pipeline: Pipeline, first: Stage, alive: Sequence[Submission]) -> None:
@@ -187,16 +171,21 @@ def _check_configuration(run: Run, config: RunConfig, alive: Sequence[Submission
         return
     before, now = (_what(c) for c in (load_config(run.config), anchored(config)))
     if before != now:
+        keys = [
+            key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
+        ]
+        shown = ", ".join(f"{k} {before.get(k)} → {now.get(k)}" for k in keys[:3])
         raise TryAgainError(
-            f"Jobs of {run.root} are queued with another configuration: "
-            f"{', '.join(sorted({s.key for s in alive}))}",
-            fix=f"Cancel them first: medtrain cancel {run.root}",
+            f"Jobs of {run.root} are queued with another configuration: {shown}"
+            f"{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}",
+            fix=f"Cancel them first: medtrain cancel {run.root}. What does not depend on the "
+            "change is kept.",
         )
 
 
 def _what(config: RunConfig) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
-    return {section: value for section, value in tree.items() if section not in _HOW}
+    return flatten({section: value for section, value in tree.items() if section not in _HOW})
 
 
 def _forget_forced(
@@ -217,6 +206,7 @@ def _forget_forced(
         with run.lock():
             for stage in forced:
                 pipeline.forget(stage)
+                forget_steps(run, stage.name)
 
 
 def _unfinished(pipeline: Pipeline, chosen: Sequence[Stage]) -> list[Stage]:
@@ -235,16 +225,18 @@ def _queue(
     pipeline: Pipeline,
     chosen: Sequence[Stage],
     alive: Sequence[Submission],
+    numbers: Counter[str],
 ) -> Queued:
+    # What is queued while a part of a chain lives belongs to it.
+    chain = alive[-1].chain if alive else uuid.uuid4().hex[:16]
     steps = steps_of(_unfinished(pipeline, chosen), config)
-    if alive:
-        # Else they are done again, which costs a look: what they made may be gone.
-        done = done_steps(run)
-        steps = [step for step in steps if step not in done]
+    done = done_steps(run, chain)
+    steps = [step for step in steps if step not in done]
     holders = _holders(alive)
     jobs = plan_chain(steps, config, {s: k for s, k in holders.items() if s in steps})
     ids: dict[str, Sequence[str]] = {s.key: s.job_ids for s in alive}
-    dispatcher = Dispatcher(run, config, max_array_size=slurm.max_array_size())
+    size = slurm.max_array_size()
+    dispatcher = Dispatcher(run, config, max_array_size=size, chain=chain, numbers=numbers)
     submitted: list[Submission] = []
     for job in jobs:
         queued = dispatcher.submit(_only_missing(run, config, pipeline, job), ids)
@@ -277,7 +269,7 @@ def _only_missing(run: Run, config: RunConfig, pipeline: Pipeline, job: ChainJob
         begun = pipeline.lineage.started(stage.name) == pipeline.fingerprint(stage).digest
         if not begun:
             return job
-        left = missing_tasks(run, config, job.steps[0], patience_s=0.0)
+        left = missing_tasks(run, config, job.steps[0])
     except DataError:
         return job
     return replace(job, tasks=left or job.tasks[:1])

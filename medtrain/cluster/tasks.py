@@ -23,7 +23,7 @@ from medtrain.cluster.requeue import requeue
 from medtrain.config import RunConfig, load_config
 from medtrain.console import Console, quiet_libraries, show_error
 from medtrain.endpoint import load_secrets
-from medtrain.errors import DEBUG_VARIABLE, TryAgainError, as_medtrain_error
+from medtrain.errors import DEBUG_VARIABLE, as_medtrain_error
 from medtrain.files import write_json
 from medtrain.run import Run
 from medtrain.shards import attempt_units
@@ -31,10 +31,6 @@ from medtrain.shards import attempt_units
 
 class _Preempted(BaseException):
     """Time is over, or somebody else needs the node: not an error that anything may catch."""
-
-
-class _Terminated(BaseException):
-    """Slurm ends the job, and knows whether it is to run again."""
 
 
 @dataclass
@@ -70,12 +66,9 @@ class _Task:
         signal.signal(signal.SIGTERM, _terminate)
         try:
             work()
-        except _Terminated:
-            raise SystemExit(128 + signal.SIGTERM) from None
         except _Preempted:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            requeue(load_config(run.config).cluster.max_requeues)
-            raise SystemExit(TryAgainError.exit_code) from None
+            raise SystemExit(requeue(load_config(run.config).cluster.max_requeues)) from None
         except Exception as error:
             if os.environ.get(DEBUG_VARIABLE):
                 traceback.print_exc()
@@ -83,7 +76,7 @@ class _Task:
             show_error(known.message, known.fix)
             note: dict[str, Any] = {
                 "exit_code": known.exit_code, "message": known.message, "fix": known.fix,
-                "host": socket.gethostname(),
+                "host": _node_name(),
             }  # fmt: skip
             try:
                 write_json(self._note_of_failure(run), note)
@@ -107,7 +100,7 @@ class ShardTask(_Task):
         console = Console()
         units = submission.tasks[self.task]
         shards = " ".join(f"{key}:{shard}" for key, shard in units)
-        console.event("shards_start", task=self.task, shards=shards, host=socket.gethostname())
+        console.event("shards_start", task=self.task, shards=shards, host=_node_name())
         with phase_of(submission.steps[0]).open(run, config) as phase:
             attempt_units(phase, units, console)
         console.event("shards_done", task=self.task, shards=shards)
@@ -137,10 +130,15 @@ def open_run(run: Run) -> tuple[RunConfig, Console]:
     return config, Console(run.log)
 
 
+def _node_name() -> str:
+    """As Slurm calls this node, which need not be what the node calls itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     # Once: journals are being closed.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Terminated
+    raise _Preempted
 
 
 def _sweep_temporaries() -> None:

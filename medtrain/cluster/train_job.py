@@ -66,7 +66,7 @@ def train_job(run: Run, config: RunConfig, stage: str, arguments: Sequence[str])
     failure = Lineage(run).failure(stage)
     if failure is not None:
         code = failure["exit_code"]
-    if code == TryAgainError.exit_code:
+    if code in (TryAgainError.exit_code, 128 + signal.SIGTERM):
         requeue(config.cluster.max_requeues)
     if failure is not None:
         raise from_exit_code(code, failure["message"], failure["fix"])

@@ -69,6 +69,9 @@ class ClusterConfig(Resources):
     repair_rounds: int = Field(3, ge=0)
     """How often missing shards are submitted again without one more row to show for it, before a
     person is asked."""
+    look_again_s: int = Field(60, ge=0)
+    """How long a collect job looks again for a file that seems to be absent before it has a shard
+    computed again, in seconds: a network file system remembers absence that long."""
     repair_pause_s: int = Field(60, ge=0)
     """How long the first repair waits where shards failed for a reason outside, such as an endpoint
     that was down or a full disk, in seconds; each round in vain doubles it."""
@@ -128,6 +131,17 @@ class ClusterConfig(Resources):
                 raise ValueError(f"sbatch: {', '.join(ours)} is set by medtrain")
         return self
 
+    @model_validator(mode="after")
+    def _jobs_are_told_in_time(self) -> ClusterConfig:
+        limits = [layer.time_min for layer in (self, *self.stages.values()) if layer.time_min]
+        if limits and min(limits) * 60 <= self.signal_delay_s:
+            raise ValueError(
+                f"time_min: {min(limits)} leaves no time before the signal, which comes "
+                f"signal_delay_s = {self.signal_delay_s} seconds before the limit"
+            )
+        return self
 
-_OURS = {"array", "comment", "dependency", "error", "job-name", "kill-on-invalid-dep", "open-mode",
-         "output", "parsable", "requeue", "signal", "wrap"}  # fmt: skip
+
+_OURS = {"array", "clusters", "comment", "dependency", "error", "export", "job-name",
+         "kill-on-invalid-dep", "open-mode", "output", "parsable", "quiet", "requeue", "signal",
+         "test-only", "time", "wait", "wrap"}  # fmt: skip

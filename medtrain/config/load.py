@@ -64,9 +64,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree.setdefault("name", path.stem if path.stem != "config" else path.parent.name)
     for override in overrides:
         _apply_override(tree, override)
-    if not (path.parent / "stages").is_dir():  # a run's own configuration has it in it
-        _lay_over_site(tree)
-    return parse_config(tree, source=str(path))
+    source = str(path)
+    # A run's own configuration has it in it.
+    if path.name != "config.yaml" or not (path.parent / "stages").is_dir():
+        site = _lay_over_site(tree)
+        source += f" and {site}" if site else ""
+    return parse_config(tree, source=source)
 
 
 def site_section() -> dict[str, Any]:
@@ -80,16 +83,17 @@ def site_section() -> dict[str, Any]:
     return dict(tree.get("cluster", {}))
 
 
-def _lay_over_site(tree: dict[str, Any]) -> None:
-    """Put the site's values under the run's `cluster:` section, where the site has a file."""
+def _lay_over_site(tree: dict[str, Any]) -> Path | None:
+    """Put the site's values under the run's `cluster:` section; the site's file, if it has one."""
     cluster = tree.get("cluster") or {}
     if not isinstance(cluster, dict):
-        return  # the check of the whole tree says so
+        return None  # the check of the whole tree says so
     named = cluster.get("site") or os.environ.get(SITE_VARIABLE)
     path = Path(str(named)).expanduser() if named else DEFAULT_SITE
     if not named and not path.is_file():
-        return
+        return None
     tree["cluster"] = {**_merge(_read_yaml(path), cluster), "site": str(path.absolute())}
+    return path
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> RunConfig:

@@ -23,6 +23,7 @@ from medtrain.judge import Judge, JudgedQuestion, compare_in_orders, judge_batch
 from medtrain.run import Run
 from medtrain.shards import Request, ShardSet, ShardSummary
 
+_CHARS_PER_TOKEN = 4
 ProtocolName = Literal["rubric", "rating", "pairwise"]
 Verdict = dict[str, Any]
 """A row of a collected verdicts file; it has `error` where the judge failed on it."""
@@ -208,6 +209,7 @@ class _Session:
             collected=self._run.evaluate_verdicts(protocol),
             batch_size=self._judge.batch_size,
             num_shards=self._config.judge.num_shards,
+            measured_in=self._run.judge,
         )
         return shard_set, tuple(requests)
 
@@ -228,7 +230,8 @@ def _request(key: Key, example: Example, **texts: str) -> Request:
     question = JudgedQuestion.of(example)
     payload = {"question": question.question, "reference": question.reference, **texts}
     # Characters stand for tokens: only the proportions matter.
-    return Request(key.request_id, payload, cost=sum(map(len, payload.values())))
+    chars = sum(map(len, payload.values()))
+    return Request(key.request_id, payload, cost=chars, prompt_tokens=chars // _CHARS_PER_TOKEN)
 
 
 def _question(request: Request) -> JudgedQuestion:

@@ -113,7 +113,8 @@ def _pairs_of(example: Example, row: dict[str, Any]) -> Iterator[Request]:
             "answers": [texts[a], texts[b]],
         }
         chars = sum(map(len, (question.question, question.reference, texts[a], texts[b])))
-        yield Request(f"{example.id}:{a}-{b}", payload, cost=1 + chars / _CHARS_PER_TOKEN)
+        tokens = chars // _CHARS_PER_TOKEN
+        yield Request(f"{example.id}:{a}-{b}", payload, cost=1 + tokens, prompt_tokens=tokens)
 
 
 def _verdicts(

@@ -7,6 +7,7 @@ This room knows files; it knows no model and no scheduler.
 
 from medtrain.shards.collect import UnsoundShardError
 from medtrain.shards.drive import (
+    CollectOnly,
     attempt_units,
     collect_only,
     missing_units,
@@ -20,6 +21,7 @@ from medtrain.shards.progress import Progress, shard_progress
 from medtrain.shards.shard_set import Drive, Phase, ShardSet, ShardSummary, Unit, Work, closing_sets
 
 __all__ = [
+    "CollectOnly",
     "Drive",
     "Phase",
     "Plan",

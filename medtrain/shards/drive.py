@@ -13,9 +13,9 @@ collect_only   collect what is there, or say what is missing
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from medtrain.console import Console
 from medtrain.shards.attempt import (
@@ -45,13 +45,23 @@ def run_here(phase: Phase, console: Console) -> list[ShardSummary]:
     return [_bring(shard_set, console) for shard_set in phase.sets]
 
 
-def collect_only(phase: Phase, console: Console) -> list[ShardSummary]:
-    """Collect a phase whose shards are finished.
+@dataclass(frozen=True)
+class CollectOnly:
+    """The drive that computes nothing: it collects a phase whose shards others have finished.
 
     Raises:
         UnsoundShardError: shards are missing or damaged.
     """
-    return [_collect(shard_set, standing_plan(shard_set)) for shard_set in phase.sets]
+
+    patience_s: float = 0.0
+    """How long to look again for what seems to be absent."""
+
+    def __call__(self, phase: Phase, console: Console) -> list[ShardSummary]:
+        """Collect every set."""
+        return [_collect(s, standing_plan(s), self.patience_s) for s in phase.sets]
+
+
+collect_only = CollectOnly()
 
 
 def open_phase(phase: Phase) -> None:
@@ -76,20 +86,14 @@ def attempt_units(phase: Phase, units: Sequence[Unit], console: Console) -> None
                 _attempt(shard_set, plan, [shard], on_row)
 
 
-def missing_units(phase: Phase, *, patience_s: float = 0.0) -> list[Unit]:
-    """The shards of a phase that have no sound receipt, also when looked at again."""
-    deadline = time.monotonic() + patience_s
-    plans = [(s, standing_plan(s)) for s in phase.sets]
-    while True:
-        missing = [
-            (shard_set.key, shard)
-            for shard_set, plan in plans
-            for shard in range(len(plan.shards))
-            if receipt_that_holds(plan, shard, ShardFiles(shard_set.directory, shard)) is None
-        ]
-        if not missing or time.monotonic() > deadline:
-            return missing
-        time.sleep(1.0)
+def missing_units(phase: Phase) -> list[Unit]:
+    """The shards of a phase that have no sound receipt."""
+    return [
+        (shard_set.key, shard)
+        for shard_set, plan in ((s, standing_plan(s)) for s in phase.sets)
+        for shard in range(len(plan.shards))
+        if receipt_that_holds(plan, shard, ShardFiles(shard_set.directory, shard)) is None
+    ]
 
 
 def rows_finished(phase: Phase) -> int:
@@ -185,8 +189,8 @@ def _attempt(shard_set: ShardSet, plan: Plan, shards: Iterable[int], on_row: OnR
         run_attempt(plan, shard, ShardFiles(shard_set.directory, shard), work, on_row)
 
 
-def _collect(shard_set: ShardSet, plan: Plan) -> ShardSummary:
-    return _summary(collect(plan, shard_set.directory, shard_set.collected))
+def _collect(shard_set: ShardSet, plan: Plan, patience_s: float = 0.0) -> ShardSummary:
+    return _summary(collect(plan, shard_set.directory, shard_set.collected, patience_s=patience_s))
 
 
 def _summary(collected: Collected) -> ShardSummary:

@@ -129,12 +129,11 @@ def test_training(sbatch: FakeSbatch, dispatcher: DispatcherOf) -> None:
     assert (done.job_ids, done.gpus) == (("100",), 6), "of both nodes"
     arguments = sbatch.read(0, "arguments").splitlines()
     assert "--nodes=2" in arguments
-    assert arguments[-3].endswith("slurm/train.sbatch")
-    assert arguments[-2:] == ["sft", str(ours.run.root)]
-    environment = sbatch.read(0, "environment")
-    setup = re.search(r"^MEDTRAIN_JOB_SETUP=(.*)$", environment, re.MULTILINE)
-    assert setup is not None
-    assert "module load cuda\n" in Path(setup[1]).read_text()
+    assert arguments[-5].endswith("slurm/train.sbatch")
+    assert (arguments[-4], *arguments[-2:]) == ("--setup", "sft", str(ours.run.root))
+    setup = Path(arguments[-3]).read_text()
+    assert "module load cuda\n" in setup
+    assert "export MEDTRAIN_PYTHON=" in setup
 
 
 def test_sbatch_refuses(sbatch: FakeSbatch, dispatcher: DispatcherOf) -> None:

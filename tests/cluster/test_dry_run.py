@@ -114,10 +114,10 @@ def scripts_of(shown: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", CASES)
 def test_scripts_are_sound_bash(name: str, tmp_path: Path) -> None:
     scripts = scripts_of((GOLDEN / f"{name}.txt").read_text())
-    assert {"prepare", "sft", "sft: MEDTRAIN_JOB_SETUP", "generate.candidates"} <= set(scripts)
+    assert {"prepare", "sft", "sft: setup.sh", "generate.candidates"} <= set(scripts)
     for job, text in scripts.items():
-        path = tmp_path / f"{job}.sh"
-        path.write_text(text)
+        path = tmp_path / f"{job.replace('/', '-')}.sh"
+        path.write_text(text.replace("<REPOSITORY>", "/repository"))
         checks = [["bash", "-n", path]]
         if shutil.which("shellcheck"):
             # What a site's `activate` sources is not here.

@@ -50,7 +50,7 @@ LAYER = st.fixed_dictionaries(
     optional={
         "cpus": st.integers(1, 64),
         "gpus": st.integers(0, 8),
-        "time_min": st.integers(1, 9999),
+        "time_min": st.integers(3, 9999),
         "partition": st.sampled_from(["a", "b"]),
         "sbatch": st.dictionaries(
             st.sampled_from(["mail-type", "nice"]), st.integers(1, 9), max_size=2

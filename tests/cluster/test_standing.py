@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from medtrain.cluster.chain import plan_chain, steps_of
 from medtrain.cluster.ledger import Ledger, Submission
-from medtrain.cluster.standing import done_steps, doomed, step_mark, was_opened
+from medtrain.cluster.standing import done_steps, doomed, forget_steps, step_mark, was_opened
 from medtrain.config import RunConfig, parse_config
 from medtrain.console import Console
 from medtrain.pipeline import Pipeline
 from medtrain.run import Run
 from medtrain.stages import STAGES
+
+CHAIN = "one"
 
 
 @pytest.fixture
@@ -39,7 +42,9 @@ def chain(tmp_path: Path, config: RunConfig) -> dict[str, Submission]:
     run.create()
     ledger = Ledger(run)
     for number, job in enumerate(plan_chain(steps_of(STAGES, config), config)):
-        intent = ledger.intend(job.key, steps=job.steps, after=job.after, tasks=job.tasks)
+        intent = ledger.intend(
+            job.key, steps=job.steps, after=job.after, tasks=job.tasks, chain=CHAIN
+        )
         assert intent is not None
         run.job_folder(job.key, 0).mkdir(parents=True)
         ledger.note(intent, [str(100 + number)], [0])
@@ -83,16 +88,19 @@ def test_a_job_behind_an_array_that_could_begin_repairs_it(
     assert doomed(pipeline, [s for s in chain.values() if s.key not in before]) == []
 
 
-def test_what_is_done_and_what_was_opened_is_told_by_the_newest_job(
-    tmp_path: Path, chain: dict[str, Submission]
-) -> None:
+def test_only_what_the_same_chain_did_counts(tmp_path: Path, chain: dict[str, Submission]) -> None:
+    """An older chain's work may have been undone by another configuration since."""
     run, closing = Run(tmp_path / "r"), ("close", "generate", "candidates")
-    assert not was_opened(run, closing)
-    assert done_steps(run) == set()
+    collecting = chain["generate.candidates.close"]
+    assert not was_opened(run, collecting, closing)
+    assert done_steps(run, CHAIN) == set()
     finish(run, chain["merge-sft"])
-    assert was_opened(run, closing)
-    assert done_steps(run) == {("run", "merge-sft", ""), ("open", "generate", "candidates")}
-    again = Ledger(run).intend("merge-sft", steps=chain["merge-sft"].steps)
-    assert again is not None
-    assert not was_opened(run, closing)
-    assert done_steps(run) == set()
+    assert was_opened(run, collecting, closing)
+    opened = {("run", "merge-sft", ""), ("open", "generate", "candidates")}
+    assert done_steps(run, CHAIN) == opened
+    assert done_steps(run, "a later one") == set()
+    assert not was_opened(run, replace(collecting, chain="a later one"), closing)
+    finish(run, collecting)
+    assert ("shards", "generate", "candidates") in done_steps(run, CHAIN)
+    forget_steps(run, "generate")
+    assert done_steps(run, CHAIN) == {("run", "merge-sft", ""), ("open", "judge", "verdicts")}

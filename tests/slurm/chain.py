@@ -32,7 +32,7 @@ from tests.slurm.cluster import Cluster, QueuedJob
 from tests.small_run import medtrain
 
 T = TypeVar("T")
-SMALL_JOBS = {"gpus": 0, "cpus": 1, "mem_gb": 0.5, "time_min": 30}
+SMALL_JOBS = {"gpus": 0, "cpus": 1, "mem_gb": 0.5, "time_min": 30, "look_again_s": 0}
 ARRAY = "judge.verdicts"
 CLOSE = "judge.verdicts.close"
 QUALITIES = ("good", "bad", "fair", "placed")

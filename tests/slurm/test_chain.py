@@ -44,7 +44,7 @@ def pair(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     def placed(where: str) -> tuple[str, ...]:
         return f"output_dir={directory / where}", f"name={name}"
 
-    jobs = ("cluster.cpus=1", "cluster.mem_gb=1.5", "cluster.time_min=30")
+    jobs = ("cluster.cpus=1", "cluster.mem_gb=1.5", "cluster.time_min=30", "cluster.look_again_s=0")
     shards = tuple(f"{stage}.num_shards={number}" for stage, number in SHARDS.items())
     words = (*placed("submitted"), *jobs, *shards)
     where = {"SLURM_CONF": str(cluster.slurm_conf)}

@@ -15,7 +15,7 @@ from tests.small_run import write_config as write_small_config
 
 pytestmark = pytest.mark.slurm
 HELD = {"sft": {"sbatch": {"hold": True}}}
-JOBS = {"gpus": 0, "cpus": 1, "mem_gb": 1.5, "time_min": 30, "stages": HELD}
+JOBS = {"gpus": 0, "cpus": 1, "mem_gb": 1.5, "time_min": 30, "look_again_s": 0, "stages": HELD}
 
 
 @pytest.fixture
