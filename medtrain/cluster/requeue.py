@@ -31,7 +31,7 @@ def requeue(max_requeues: int) -> int:
         return TryAgainError.exit_code
     try:
         subprocess.run(["scontrol", "requeue", job], timeout=_TIMEOUT_S, check=True)
-        print(f"Queued again after {restarts} restarts", flush=True)
+        print(f"Saved, and queued again after {restarts} restarts", flush=True)
     except (OSError, subprocess.SubprocessError) as error:
         print(f"Not queued again: {error}", flush=True)
     return TryAgainError.exit_code

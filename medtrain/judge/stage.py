@@ -113,8 +113,8 @@ def _pairs_of(example: Example, row: dict[str, Any]) -> Iterator[Request]:
             "answers": [texts[a], texts[b]],
         }
         chars = sum(map(len, (question.question, question.reference, texts[a], texts[b])))
-        tokens = chars // _CHARS_PER_TOKEN
-        yield Request(f"{example.id}:{a}-{b}", payload, cost=1 + tokens, prompt_tokens=tokens)
+        tokens = chars / _CHARS_PER_TOKEN
+        yield Request(f"{example.id}:{a}-{b}", payload, cost=1 + tokens, prompt_tokens=int(tokens))
 
 
 def _verdicts(
