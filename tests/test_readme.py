@@ -52,5 +52,5 @@ def test_exit_codes_are_those_of_the_errors() -> None:
 
 
 def test_options_in_the_readme_exist() -> None:
-    for verb, option in re.findall(r"medtrain (\w+)[^`|]*?(--[a-z]+)", README):
+    for verb, option in re.findall(r"medtrain (\w+)[^`|\n]*?(--[a-z]+)", README):
         assert option in CliRunner().invoke(app, [verb, "--help"]).output or option == "--debug"
