@@ -20,7 +20,7 @@ from medtrain.run import Run
 
 ELSEWHERE_S = 120.0
 """An intent of another machine without a note of job ids is a dead submitter's after this long."""
-IN_FLIGHT_S = 20.0
+IN_FLIGHT_S = 10.0
 """How long an sbatch may outlive the submitter that called it."""
 
 

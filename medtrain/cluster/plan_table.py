@@ -31,17 +31,20 @@ def plan_view(plan: RunPlan) -> Group:
 
 def _table(plan: RunPlan) -> Table:
     columns = ("job", "state", "does", "tasks", "nodes × GPUs", *_RIGHT[1:], "")
+    rows = [(job.state, _cells(job)) for job in plan.jobs]
     table = Table(box=None, pad_edge=False)
-    for column in columns:
-        right = column in _RIGHT
+    for place, column in enumerate(columns):
+        # On a narrow terminal words give way, names and figures do not.
+        widest = max((len(cells[place]) for _, cells in rows), default=0)
         table.add_column(
             column,
-            justify="right" if right else "left",
-            overflow="fold",
-            no_wrap=column in ("job", "state", *_RIGHT),
+            justify="right" if column in _RIGHT else "left",
+            overflow="ellipsis",
+            no_wrap=True,
+            min_width=None if column in ("does", "") else widest,
         )
-    for job in plan.jobs:
-        table.add_row(*_cells(job), style="dim" if job.state == "done" else None)
+    for state, cells in rows:
+        table.add_row(*cells, style="dim" if state == "done" else None)
     return table
 
 

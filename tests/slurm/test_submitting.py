@@ -211,9 +211,11 @@ def test_resume_at_once_after_the_cancel_of_a_plain_job(
 
 
 @contextmanager
-def dying_in_sbatch(directory: Path, call: int, *, submits: bool) -> Iterator[dict[str, str]]:
+def dying_in_sbatch(
+    directory: Path, call: int, *, submits: bool, afterwards: str = ""
+) -> Iterator[dict[str, str]]:
     """An sbatch whose `call`-th call kills the medtrain that called it: after the real one has
-    taken the job, or before."""
+    taken the job, or before; then, with `afterwards`, it does that and submits all the same."""
     real = shutil.which("sbatch")
     directory.mkdir()
     wrapper = directory / "sbatch"
@@ -221,6 +223,7 @@ def dying_in_sbatch(directory: Path, call: int, *, submits: bool) -> Iterator[di
         f"#!/bin/bash\ncd {directory}\ncalls=$(ls | grep -c ^call-); touch call-$calls\n"
         f'if (( calls + 1 != {call} )); then cd "$OLDPWD"; exec {real} "$@"; fi\n'
         f'cd "$OLDPWD"; {f"{real} " if submits else ": "}"$@" >/dev/null; kill -KILL $PPID\n'
+        + (f'{afterwards} {real} "$@" >/dev/null\n' if afterwards else "")
     )
     wrapper.chmod(0o755)
     yield {"PATH": f"{directory}:{os.environ['PATH']}"}
@@ -243,6 +246,38 @@ def test_a_submitter_that_is_killed(
     assert chain.collected() == expected
     orphans = [s for s in Ledger(chain.run).all() if not s.job_ids]
     assert len(orphans) <= 1
+
+
+def test_an_sbatch_that_outlives_its_submitter(tmp_path: Path, cluster: Cluster, expected) -> None:
+    """The job comes into being when the next submission has begun to look for it."""
+    chain = ready_to_judge(tmp_path / "run", cluster)
+    with dying_in_sbatch(tmp_path / "bin", 2, submits=False, afterwards="sleep 3; ") as environment:
+        killed = medtrain("submit", chain.config, *chain.selection, **environment)
+    assert killed.returncode == -9, killed.stdout + killed.stderr
+    chain.submit()
+    queue = names_of(chain)
+    assert max(queue.values()) == 1, queue
+    chain.wait_done()
+    assert chain.collected() == expected
+
+
+def test_a_second_chain_is_not_confused_by_what_the_first_one_did(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    """The stage behind a queued one is queued too, although an older chain has done it once."""
+    chain = ready_to_judge(tmp_path / "run", cluster)
+    chain.submit()
+    chain.wait_done()
+    before = chain.collected()
+    other = ["judge.orders=single"]
+    said = medtrain("submit", chain.config, *other, "--only", "judge")
+    assert said.returncode == 0, said.stderr
+    said = medtrain("submit", chain.config, *other, *chain.selection)
+    assert said.returncode == 0, said.stderr
+    assert "nothing to queue" not in said.stdout
+    chain.wait_done()
+    assert chain.collected() != before
+    assert '"state": "done"' in medtrain("status", chain.run.root, "--json").stdout
 
 
 def test_a_training_of_a_killed_submitter_is_taken_over(held: Chain, tmp_path: Path) -> None:
