@@ -86,8 +86,9 @@ def dry_run(name: str, tmp_path: Path, environment: dict[str, str]) -> str:
     assert "sk-planted" not in done.stdout + done.stderr
     for found, named in (
         (f"{tmp_path}/the runs", "<RUNS>"),
-        (str(ROOT), "<REPOSITORY>"),
+        # The environment may lie in the repository.
         (sys.executable, "<PYTHON>"),
+        (str(ROOT), "<REPOSITORY>"),
     ):
         done.stdout = done.stdout.replace(found, named)
     return "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
@@ -117,7 +118,7 @@ def test_scripts_are_sound_bash(name: str, tmp_path: Path) -> None:
     assert {"prepare", "sft", "sft: setup.sh", "generate.candidates"} <= set(scripts)
     for job, text in scripts.items():
         path = tmp_path / f"{job.replace('/', '-')}.sh"
-        path.write_text(text.replace("<REPOSITORY>", "/repository"))
+        path.write_text(text.replace("<REPOSITORY>", "/repository").replace("<PYTHON>", "python3"))
         checks = [["bash", "-n", path]]
         if shutil.which("shellcheck"):
             # What a site's `activate` sources is not here.

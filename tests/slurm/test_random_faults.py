@@ -126,7 +126,7 @@ class Round:
                 if self.chain.is_done("judge"):
                     break
                 self.happened.append("resume")
-                resume_chain(self.chain.run, QUIET)
+                resume_chain(self.chain.run, load_config(self.chain.run.config), QUIET)
                 self._wait_until_nothing_runs()
             assert self.chain.is_done("judge"), self.chain.evidence()
             return self.chain.run.verdicts.read_bytes()
