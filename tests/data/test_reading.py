@@ -130,9 +130,9 @@ def test_csv_rows_that_do_not_fit_the_header(tmp_path: Path) -> None:
     [
         ("a.txt", LINES, "what kind of file"),
         ("a", LINES, "what kind of file"),
-        ("a.jsonl", gzip.compress(b"{}"), "packed with gzip"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "packed with gzip"),
         ("a.jsonl.gz", LINES, "cannot be unpacked"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode() * 99)[:-20], "cannot be unpacked"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode() * 99, mtime=0)[:-20], "cannot be unpacked"),
         ("a.jsonl.xz", lzma.compress(LINES.encode() * 99)[:-20], "cannot be unpacked"),
         ("a.jsonl.xz", b"\xfd7zXZ\x00 then noise", "cannot be unpacked"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS"),
