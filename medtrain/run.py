@@ -11,27 +11,17 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
-import socket
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from medtrain.errors import ConfigError, TryAgainError
+from medtrain import locks
+from medtrain.errors import ConfigError
 
 _SUBMITTING_WAIT_S = 300.0
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What flock says on a file system that has no locks."""
 
 Trained = Literal["sft", "dpo"]
-
-_LOCK_HELD = "MEDTRAIN_LOCK_HELD"
-"""Names the run directory whose lock a parent process holds for this one."""
 
 
 @dataclass(frozen=True)
@@ -277,79 +267,22 @@ class Run:
         for directory in (self.stages, self.logs):
             directory.mkdir(exist_ok=True)
 
-    @contextmanager
-    def lock(self, *, wait_s: float = 0.0) -> Iterator[None]:
+    def lock(self, *, wait_s: float = 0.0) -> AbstractContextManager[None]:
         """Hold the directory for one `medtrain run`; the kernel lets go when the process dies.
 
-        Raises:
+        Raises (when entered):
             TryAgainError: another process holds it, and has held it for `wait_s` seconds.
         """
-        deadline = time.monotonic() + wait_s
-        with ExitStack() as held:
-            while True:
-                try:
-                    held.enter_context(self._lock_now())
-                    break
-                except TryAgainError:
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.5)
-            yield
+        return locks.computing(self.root, *self.lock_files, wait_s=wait_s)
 
-    @contextmanager
-    def submitting(self) -> Iterator[None]:
+    def submitting(self) -> AbstractContextManager[None]:
         """Hold the right to submit jobs of this run; waits a while for whoever has it.
 
-        Raises:
+        Raises (when entered):
             TryAgainError: another process has held it for minutes.
         """
-        deadline = time.monotonic() + _SUBMITTING_WAIT_S
-        with ExitStack() as held:
-            while True:
-                try:
-                    held.enter_context(self._hold(".lock.submit"))
-                    break
-                except TryAgainError:
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.1)
-            yield
-
-    @contextmanager
-    def _lock_now(self) -> Iterator[None]:
-        launched = ".lock.launched"
-        if os.environ.get(_LOCK_HELD) == str(self.root.resolve()):
-            with self._hold(launched):
-                yield
-            return
-        with self._hold(".lock"):
-            # A launched training outlives a parent that was killed; it must have ended too.
-            with self._hold(launched):
-                pass
-            yield
-
-    @contextmanager
-    def _hold(self, name: str) -> Iterator[None]:
-        with (self.root / name).open("a+") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                # Without locks, the shards' and the ledger's publications still have one winner.
-                if error.errno in _NO_LOCKS:
-                    yield
-                    return
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise
-                handle.seek(0)
-                raise TryAgainError(
-                    f"Another medtrain works in {self.root} ({handle.read().strip()})",
-                    fix="Wait until it is done, or stop it; what it finished is kept.",
-                ) from None
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            handle.flush()
-            yield
+        return locks.waiting(self.root / ".lock.submit", _SUBMITTING_WAIT_S)
 
     def lock_environment(self) -> dict[str, str]:
         """Environment for a child process that works under this process's lock."""
-        return {_LOCK_HELD: str(self.root.resolve())}
+        return locks.environment(self.root)

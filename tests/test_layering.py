@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "medtrain"
 
 LAYERS = [
     {"errors"},
-    {"files"},
+    {"files", "locks"},
     {"console", "config", "run", "endpoint"},
     {"digests"},
     {"lineage", "quickstart"},

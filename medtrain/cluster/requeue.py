@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 
 from medtrain.cluster.slurm import Slurm, SlurmUnreachableError
 from medtrain.errors import TryAgainError
 
 _TIMEOUT_S = 60.0
+_UNTIL_KILLED_S = 120.0
 REQUEUE_EXIT_CODE = 85
 """What a task ends with that has to run again and cannot say so to Slurm."""
 
@@ -27,7 +29,9 @@ def requeue(max_requeues: int) -> int:
     if shutil.which("scontrol") is None:  # in a container; the batch script outside does it
         return REQUEUE_EXIT_CODE
     if is_being_ended():
-        print("Not queued again: Slurm is ending this job", flush=True)
+        print("Slurm is ending this job, and knows whether it is to run again", flush=True)
+        # To end now would make a failure of a preemption.
+        time.sleep(_UNTIL_KILLED_S)
         return TryAgainError.exit_code
     try:
         subprocess.run(["scontrol", "requeue", job], timeout=_TIMEOUT_S, check=True)

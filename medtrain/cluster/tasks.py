@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class _Preempted(BaseException):
 
 
 @dataclass
-class _Task:
+class _Task(ABC):
     """A job of a run, by the name of its submission."""
 
     root: str
@@ -55,8 +56,9 @@ class _Task:
         """
         raise _Preempted
 
+    @abstractmethod
     def _work(self, run: Run, submission: Submission) -> None:
-        raise NotImplementedError
+        """Do what the submission says."""
 
     def _note_of_failure(self, run: Run) -> Path:
         return run.job_folder(self.key, self.number) / "failure.json"
