@@ -11,6 +11,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from medtrain.cluster.site import (
     setup_lines,
     total_gpus,
 )
-from medtrain.cluster.slurm import Slurm
+from medtrain.cluster.slurm import Slurm, SlurmUnreachableError
 from medtrain.config import RunConfig
 from medtrain.errors import TryAgainError
 from medtrain.files import write_text
@@ -104,9 +105,12 @@ class Dispatcher:
         try:
             ids, starts = self._sbatch(job, intent, options)
         except Exception:
-            # sbatch may have failed after Slurm took the job.
-            if settle(self.run, Slurm(), intent).job_ids:
-                return self.ledger.one(intent.key, intent.number)
+            # sbatch may have failed after Slurm took the job. Where that cannot be asked, the
+            # intent stays open, and the next submission settles it.
+            with suppress(SlurmUnreachableError):
+                settled = settle(self.run, Slurm(), intent)
+                if settled.job_ids:
+                    return settled
             raise
         noted = self.ledger.note(intent, ids, starts)
         if noted.job_ids != tuple(ids):

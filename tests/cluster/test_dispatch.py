@@ -39,8 +39,9 @@ class FakeSbatch:
         self._program.parent.mkdir()
         self._calls.mkdir()
         # submitit asks for srun before it submits anything.
-        (directory / "bin" / "srun").write_text("#!/bin/sh\n")
-        (directory / "bin" / "srun").chmod(0o755)
+        for program in ("srun", "squeue", "scancel"):
+            (directory / "bin" / program).write_text("#!/bin/sh\n")
+            (directory / "bin" / program).chmod(0o755)
         monkeypatch.setenv("PATH", str(self._program.parent), prepend=":")
         self.answers()
 
