@@ -100,10 +100,10 @@ def launch_command(config: RunConfig, stage: str, config_path: Path) -> list[str
     """
     if is_launched():
         return None
-    gpus, wanted = _gpu_count(), config.launch.processes
+    gpus, wanted = _gpu_count(), config.train.processes
     processes = (gpus or 1) if wanted == "auto" else wanted
     if processes < 1:
-        raise ConfigError(f"launch.processes is {processes}", fix="Set it to auto, 1 or more.")
+        raise ConfigError(f"train.processes is {processes}", fix="Set it to auto, 1 or more.")
     program = ["-m", "medtrain", stage, str(config_path)]
     place = NodePlace.from_environment()
     if gpus == 0:
@@ -113,12 +113,12 @@ def launch_command(config: RunConfig, stage: str, config_path: Path) -> list[str
         return [*torchrun, f"--nproc_per_node={processes}", *program]
     if processes > gpus:
         raise BadNodeError(
-            f"launch.processes is {processes}, but this machine shows {gpus} GPUs",
-            fix="Set launch.processes=auto, or look at CUDA_VISIBLE_DEVICES.",
+            f"train.processes is {processes}, but this machine shows {gpus} GPUs",
+            fix="Set train.processes=auto, or look at CUDA_VISIBLE_DEVICES.",
         )
     command = [sys.executable, "-m", "accelerate.commands.launch"]
-    if config.launch.accelerate_config:
-        command += ["--config_file", _existing(config.launch.accelerate_config)]
+    if config.train.accelerate_config:
+        command += ["--config_file", _existing(config.train.accelerate_config)]
     else:
         command += ["--mixed_precision=no", "--dynamo_backend=no"]
         command += ["--multi_gpu"] if processes * place.nodes > 1 else []
@@ -130,7 +130,7 @@ def _existing(accelerate_config: str) -> str:
     path = Path(accelerate_config).expanduser()
     if not path.is_file():
         raise ConfigError(
-            f"launch.accelerate_config: there is no file {path}",
+            f"train.accelerate_config: there is no file {path}",
             fix="Give a file that `accelerate config` wrote, or leave it out.",
         )
     return str(path)

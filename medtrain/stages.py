@@ -126,7 +126,7 @@ def _merge(stage: Trained) -> Stage:
     )  # fmt: skip
 
 
-# `launch.processes` is left out on purpose: the machine at hand must not decide whether a finished
+# `train.processes` is left out on purpose: the machine at hand must not decide whether a finished
 # training counts.
 _TRAINING_IGNORES = ("eval_batch_size", "log_every", "activation_checkpointing")
 

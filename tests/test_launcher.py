@@ -21,8 +21,8 @@ QUIET = Console(quiet=True)
 Machine = Callable[[int], None]
 
 
-def config(**launch: object) -> RunConfig:
-    return parse_config({"name": "r", "model": {"base": "b"}, "launch": launch,
+def config(**train: object) -> RunConfig:
+    return parse_config({"name": "r", "model": {"base": "b"}, "train": train,
                          "data": {"sources": [{"adapter": "table", "path": "x"}]}})  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def test_a_training_that_outlived_its_parent_holds_the_run(
 
 def test_two_processes_that_fail_end_in_one_message(tmp_path: Path, base_dir: Path) -> None:
     small = write_config(tmp_path, base_dir)
-    result = medtrain("run", small, "--until", "sft", "launch.processes=2",
+    result = medtrain("run", small, "--until", "sft", "train.processes=2",
                       "sft.lora.targets=[no_such_layer]")  # fmt: skip
     assert result.returncode == 64, result.stderr
     assert result.stderr.count("error: ") == 1

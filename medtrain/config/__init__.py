@@ -27,7 +27,7 @@ from medtrain.config.data import (
 )
 from medtrain.config.load import dump_config, load_config, parse_config, site_section
 from medtrain.config.model import DEFAULT_SYSTEM_PROMPT, LoraConfig, MergeConfig, ModelConfig
-from medtrain.config.training import DPOConfig, LaunchConfig, SFTConfig, TrainingConfig
+from medtrain.config.training import DPOConfig, SFTConfig, TrainConfig, TrainingConfig
 from medtrain.config.tree import RunConfig
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
     "GenerateConfig",
     "JobKind",
     "JudgeConfig",
-    "LaunchConfig",
     "LoraConfig",
     "MedQuADSource",
     "MedicalQASource",
@@ -57,6 +56,7 @@ __all__ = [
     "Source",
     "SourceConfig",
     "TableSource",
+    "TrainConfig",
     "TrainingConfig",
     "VariantConfig",
     "dump_config",

@@ -50,6 +50,14 @@ _OWNED = {
     "model_init_kwargs": "set `model`",
     "gradient_checkpointing": "set `activation_checkpointing`",
     "bf16": "set `model.dtype`",
+    "deepspeed": "set `train.strategy`",
+    "fsdp": "set `train.strategy`",
+    "use_liger_kernel": "set `train.liger`",
+    "torch_compile": "set `train.compile`",
+    "report_to": "set `train.trackers`",
+    "padding_free": "set `packing`",
+    "precompute_ref_log_probs": "medtrain computes the reference before it trains",
+    "disable_dropout": "set `sft.lora.dropout`",
     "fp16": "set `model.dtype`",
 }
 _SECTIONS: dict[str, type[TrainingConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}

@@ -1,4 +1,4 @@
-"""`sft:`, `dpo:` and `launch:` how the adapter is trained, and on how many devices."""
+"""`sft:`, `dpo:` and `train:` how the adapter is trained, and on which devices in which way."""
 
 from __future__ import annotations
 
@@ -38,12 +38,22 @@ class TrainingConfig(Section):
     adamw_torch. A bitsandbytes optimiser on a CPU falls back to adamw_torch, and says so."""
     max_length: int = Field(1024, ge=8)
     """Longest row, prompt and answer together, in tokens."""
+    packing: bool | Literal["auto"] = "auto"
+    """Compute the rows of a step side by side without padding, each attending to itself alone. It
+    changes speed and memory, not what is learnt: a step has the same rows. A forward pass takes at
+    most `batch_size` times `max_length` tokens. `auto`: where the model's attention allows it."""
     activation_checkpointing: bool | Literal["auto"] = "auto"
-    """Trade compute for memory; `auto`: on a GPU only."""
+    """Trade compute for memory; `auto`: where the estimate says that it does not fit otherwise."""
     log_every: int = Field(10, ge=1)
     """Optimiser steps between two lines of metrics."""
     evals_per_epoch: float = Field(2.0, ge=0)
     """Evaluations (and checkpoints) an epoch; 0 for one at the end only."""
+    checkpoint_steps: int | None = Field(None, ge=1)
+    """Optimiser steps between checkpoints, beside those at evaluations: what a lost node may
+    cost."""
+    max_bad_batches: int = Field(3, ge=0)
+    """Forward passes whose loss is no number, or has exploded, before training stops and names
+    their rows; the former are left out of their step."""
     early_stopping: int = Field(0, ge=0)
     """Stop after this many evaluations without a better loss; 0 for never."""
     validation_fraction: float = Field(0.05, ge=0, lt=0.5)
@@ -68,8 +78,6 @@ class SFTConfig(TrainingConfig):
     """The adapter."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Which tokens carry loss."""
-    packing: bool = False
-    """Put several short rows into one of `max_length` (needs flash_attention_2)."""
 
 
 class DPOConfig(TrainingConfig):
@@ -83,8 +91,24 @@ class DPOConfig(TrainingConfig):
     """Forward passes an optimiser step."""
     beta: float = Field(0.1, gt=0)
     """How strongly the trained model is held to the reference."""
-    loss_type: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
-    """The preference loss."""
+    method: Literal["dpo", "orpo", "kto", "rejection"] = "dpo"
+    """What this stage trains with. `orpo` (https://arxiv.org/abs/2403.07691) needs no reference;
+    `kto` (https://arxiv.org/abs/2402.01306) takes answers one by one; `rejection` is supervised
+    fine-tuning on the preferred answers."""
+    loss_type: Literal[
+        "sigmoid",
+        "hinge",
+        "ipo",
+        "robust",
+        "nca_pair",
+        "bco_pair",
+        "sppo_hard",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "sigmoid_norm",
+    ] = "sigmoid"
+    """The preference loss of `method: dpo`, by TRL's names."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Share of preferences taken to be the wrong way round; with `loss_type: robust`."""
     validation_fraction: float = Field(0.1, ge=0, lt=0.5)
@@ -97,10 +121,24 @@ class DPOConfig(TrainingConfig):
         return self
 
 
-class LaunchConfig(Section):
-    """Where a training stage runs when medtrain starts it."""
+Strategy = Literal["ddp", "zero2", "zero3", "zero3-offload", "fsdp2"]
+"""How weights, gradients and state lie on several devices; configs/accelerate/ has each."""
 
+
+class TrainConfig(Section):
+    """Where and in which way a training stage runs when medtrain starts it."""
+
+    strategy: Strategy | Literal["auto"] = "auto"
+    """`auto`: the cheapest that fits the GPUs, replicated weights before sharded ones."""
     processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """`auto`: one for every GPU in sight, or this process on a CPU."""
+    """On each node. `auto`: one for every GPU in sight, or one on a CPU."""
     accelerate_config: str | None = None
-    """A YAML file for `accelerate launch --config_file`; null for plain data parallelism."""
+    """A YAML file for `accelerate launch --config_file` in place of the strategy's."""
+    liger: bool | Literal["auto"] = "auto"
+    """Liger's fused layer kernels; `auto`: on an NVIDIA GPU where `liger-kernel` is installed."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile; `auto`: off, since quantised layers and changing lengths recompile."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
+        default_factory=list
+    )
+    """Where metrics go besides `logs/<stage>.metrics.jsonl`."""

@@ -12,7 +12,7 @@ from medtrain.config.base import Section
 from medtrain.config.cluster import ClusterConfig
 from medtrain.config.data import DataConfig
 from medtrain.config.model import MergeConfig, ModelConfig
-from medtrain.config.training import DPOConfig, LaunchConfig, SFTConfig
+from medtrain.config.training import DPOConfig, SFTConfig, TrainConfig
 
 
 class RunConfig(Section):
@@ -42,7 +42,7 @@ class RunConfig(Section):
     """Models and measures."""
     report: ReportConfig = ReportConfig()
     """What is shown."""
-    launch: LaunchConfig = LaunchConfig()
+    train: TrainConfig = TrainConfig()
     """Devices of a training stage."""
     cluster: ClusterConfig = ClusterConfig()
     """Slurm: resources and environment of jobs."""
@@ -53,14 +53,16 @@ def joint_problems(tree: Mapping[str, Any]) -> list[str]:
 
     The tree may have other mistakes: a rule is left out where a section it reads has one.
     """
-    section = {name: _sound(name, tree) for name in ("model", "sft", "generate", "evaluate")}
-    model, sft = section["model"], section["sft"]
+    section = {name: _sound(name, tree) for name in ("model", "sft", "dpo", "generate", "evaluate")}
+    model = section["model"]
     problems: list[str] = []
-    if sft and model and sft.packing and model.attention != "flash_attention_2":
-        problems.append(
-            "sft.packing needs model.attention=flash_attention_2: with another implementation "
-            "a row would attend to its neighbours"
-        )
+    for name in ("sft", "dpo"):
+        trained = section[name]
+        if trained and model and trained.packing is True and model.attention == "eager":
+            problems.append(
+                f"{name}.packing needs another model.attention than eager, with which a row would "
+                "attend to its neighbours"
+            )
     for name in ("generate", "evaluate"):
         answers = section[name]
         if answers and answers.engine == "openai" and not answers.base_url:

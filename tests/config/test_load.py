@@ -124,6 +124,7 @@ def test_trainer_fields_of_the_wrong_type_are_refused() -> None:
 def test_rules_between_sections_are_in_the_same_message() -> None:
     message = problems_of(
         tree(
+            model={"base": "b", "attention": "eager"},
             sft={"packing": True},
             dpo={"early_stopping": 2, "validation_fraction": 0},
             generate={"engine": "openai"},
@@ -132,11 +133,11 @@ def test_rules_between_sections_are_in_the_same_message() -> None:
         )
     )
     assert message.startswith("5 problems")
-    for part in ("flash_attention_2", "dpo: early_stopping needs", "generate.engine=openai needs",
+    for part in ("sft.packing needs another", "dpo: early_stopping needs", "generate.engine=openai needs",
                  "evaluate.engine=openai needs", "Did you mean 'rules'"):  # fmt: skip
         assert part in message
     # A section with a mistake of its own is not judged by what its defaults would be.
-    wrong = tree(model={"attention": "flash_attention_2"}, sft={"packing": True})
+    wrong = tree(model={"attention": "eager"}, sft={"packing": True})
     assert problems_of(wrong).startswith("1 problem")
 
 
@@ -203,8 +204,10 @@ def test_files_that_are_no_mapping(text: str, tmp_path: Path) -> None:
         load_config(path)
 
 
-def test_packing_needs_flash_attention() -> None:
-    assert "flash_attention_2" in problems_of(tree(sft={"packing": True}))
+def test_packing_needs_attention_that_keeps_rows_apart() -> None:
+    wrong = tree(model={"base": "b", "attention": "eager"}, dpo={"packing": True})
+    assert "dpo.packing needs another model.attention than eager" in problems_of(wrong)
+    parse_config(tree(model={"base": "b", "attention": "eager"}))  # auto does without
 
 
 def test_smoothing_that_trl_would_ignore_is_refused() -> None:
