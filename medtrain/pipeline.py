@@ -26,7 +26,7 @@ from medtrain.lineage import Fingerprint, Lineage, Standing, choose, flatten, ve
 from medtrain.run import Run
 from medtrain.selection import Selection
 from medtrain.shards import CollectOnly, Drive, UnsoundShardError, run_here
-from medtrain.stages import STAGES, Stage
+from medtrain.stages import Stage
 
 _PEER_WAIT_S = 120.0
 
@@ -87,10 +87,12 @@ class Pipeline:
         return Fingerprint(self._settings(stage), inputs)
 
     def standing(self, stage: Stage) -> Standing:
-        """Where the stage stands.
+        """Where the stage stands; one that the run does not have is done.
 
         Where its inputs are gone, a finished stage still counts if nothing else has changed.
         """
+        if not stage.wanted(self.config):
+            return Standing("done")
         try:
             return self.lineage.standing(stage.name, self.fingerprint(stage))
         except DataError:
@@ -171,6 +173,14 @@ class Pipeline:
 
     def bring(self, stage: Stage, *, force: bool = False, drive: Drive = run_here) -> None:
         """Finish one stage: skip it, go on with it, or run it."""
+        if not stage.wanted(self.config):
+            self.console.event(
+                "stage_skip",
+                f"{stage.name:<10} not needed with these settings",
+                mark="skip",
+                stage=stage.name,
+            )
+            return
         try:
             fingerprint = self.fingerprint(stage)
         except DataError:
@@ -288,7 +298,8 @@ class Pipeline:
 def write_manifest(run: Run, config: RunConfig) -> None:
     """Roll the receipts up into the run's lineage manifest."""
     lineage = Lineage(run)
-    receipts = {s.name: r for s in STAGES if (r := lineage.receipt(s.name)) is not None}
+    known = ((stage.name, lineage.receipt(stage.name)) for stage in stages.stages_of(config))
+    receipts = {name: receipt for name, receipt in known if receipt is not None}
     write_json(
         run.manifest,
         {"name": run.name, "seed": config.seed, "versions": versions(), "stages": receipts},
@@ -314,4 +325,5 @@ def _short(value: float) -> str:
 def table(run: Run, config: RunConfig) -> Sequence[tuple[Stage, Standing, dict[str, Any] | None]]:
     """Every stage with where it stands and its receipt."""
     pipeline = Pipeline(run, config, Console(quiet=True))
-    return [(s, pipeline.standing(s), pipeline.lineage.receipt(s.name)) for s in STAGES]
+    known = stages.stages_of(config)
+    return [(s, pipeline.standing(s), pipeline.lineage.receipt(s.name)) for s in known]

@@ -3,7 +3,7 @@
 <output_dir>/<name>/
   config.yaml  manifest.json  stages/     resolved config; lineage; one receipt a finished stage
   data/                                   splits, tokenizer, data card, rejected rows
-  sft/ dpo/                               adapter, merged, checkpoints
+  sft/ dpo/                               adapter, merged, checkpoints; dpo/reference.jsonl
   generate/ judge/ evaluate/              shard directories and what was collected from them
   preferences.jsonl  report/  logs/
   submissions/  jobs/                     on Slurm: what was submitted; scripts and logs of jobs
@@ -162,6 +162,16 @@ class Run:
     def preferences(self) -> Path:
         """prompt / chosen / rejected rows for DPO."""
         return self.root / "preferences.jsonl"
+
+    @property
+    def reference_shards(self) -> Path:
+        """Shards of the reference's log-probabilities."""
+        return self.root / "dpo" / "reference"
+
+    @property
+    def reference(self) -> Path:
+        """What DPO's reference makes of both answers of every preference pair."""
+        return self.root / "dpo" / "reference.jsonl"
 
     # Evaluation
 

@@ -1,6 +1,7 @@
 """The table of stages: what each reads, writes, depends on, and the function that does it.
 
-prepare → sft → merge-sft → generate → judge → pairs → dpo → merge-dpo → evaluate → report
+prepare → sft → merge-sft → generate → judge → pairs → reference → dpo → merge-dpo → evaluate →
+report
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ def _nothing(run: Run, config: RunConfig) -> dict[str, str]:
 
 def _no_paths(run: Run, config: RunConfig) -> list[Path]:
     return []
+
+
+def _always(config: RunConfig) -> bool:
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,8 @@ class Stage:
     """Whether it wants every GPU."""
     phases: tuple[PhaseRow, ...] = ()
     """Its sharded parts, in order."""
+    wanted: Callable[[RunConfig], bool] = _always
+    """Whether a run of this configuration has the stage at all; where not, it counts as done."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def run(
@@ -141,7 +148,8 @@ def _train(stage: Trained, title: str, reads: Artefacts) -> Stage:
         work=f"medtrain.train.{stage}:train_{stage}",
         trains=True,
         settings=("seed", "model", stage),
-        ignores=(*(f"{stage}.{key}" for key in _TRAINING_IGNORES), "model.system_prompt"),
+        ignores=(*(f"{stage}.{key}" for key in _TRAINING_IGNORES), "dpo.reference_shards",
+                 "model.system_prompt"),
         reads=lambda run, config: [
             run.tokenizer, *reads(run, config), *_built_base(run, config),
         ],
@@ -183,6 +191,7 @@ _SHOWN_IGNORES = (
     *(f"{stage}.{key}" for stage in ("sft", "dpo") for key in _TRAINING_IGNORES),
     *(f"{stage}.{key}" for stage in ("generate", "evaluate") for key in _ENGINE_IGNORES),
     "model.attention", "merge.kl_prompts", "merge.kl_warn_nats", "merge.max_shard_size",
+    "dpo.reference_shards",
 )  # fmt: skip
 
 STAGES: tuple[Stage, ...] = (
@@ -245,10 +254,35 @@ STAGES: tuple[Stage, ...] = (
         ],
         writes=lambda run, config: [run.preferences, run.pairs],
     ),
+    Stage(
+        name="reference",
+        title="log-probabilities of the preference pairs under the SFT model",
+        work="medtrain.train.reference:compute_reference",
+        settings=("model", "dpo.max_length"),
+        ignores=("model.system_prompt",),
+        reads=lambda run, config: [
+            run.tokenizer, run.preferences, run.adapter("sft"), *_built_base(run, config),
+        ],
+        outside=inputs.base_files,
+        writes=lambda run, config: [run.reference],
+        shards=lambda run, config: [run.reference_shards],
+        wanted=lambda config: config.dpo.needs_reference,
+        phases=(
+            PhaseRow(
+                "log_probs",
+                "medtrain.train.reference:phase_of_log_probs",
+                "reference",
+                lambda config: _each_shard([("log_probs",)], config.dpo.reference_shards),
+            ),
+        ),
+    ),
     _train(
         "dpo",
         "direct preference optimisation of the adapter",
-        lambda run, config: [run.preferences, run.adapter("sft")],
+        lambda run, config: [
+            run.preferences, run.adapter("sft"),
+            *([run.reference] if config.dpo.needs_reference else []),
+        ],
     ),
     _merge("dpo"),
     Stage(
@@ -296,6 +330,11 @@ STAGES: tuple[Stage, ...] = (
 def _reported(run: Run) -> list[Path]:
     present = (run.metrics("sft"), run.metrics("dpo"), run.preferences)
     return [path for path in present if path.exists()]
+
+
+def stages_of(config: RunConfig) -> list[Stage]:
+    """The stages that a run of this configuration has."""
+    return [stage for stage in STAGES if stage.wanted(config)]
 
 
 def by_name(name: str) -> Stage:

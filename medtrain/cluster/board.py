@@ -20,7 +20,7 @@ from medtrain.cluster.slurm import Slurm, SlurmUnreachableError
 from medtrain.cluster.stage_jobs import SILENT_AFTER_S, StageJobs
 from medtrain.config import RunConfig
 from medtrain.run import Run
-from medtrain.stages import STAGES
+from medtrain.stages import stages_of
 from medtrain.status import GpuTime, RunStatus, StageStatus, run_status
 
 HISTORY_EVERY_S = 30.0
@@ -62,7 +62,7 @@ class Board:
             return run_status(self.run, self.config)
         slurm = self._ask(submissions)
         finished: set[str] = set()
-        names = [stage.name for stage in STAGES]
+        names = [stage.name for stage in stages_of(self.config)]
 
         def overlay(status: StageStatus) -> StageStatus:
             is_next = finished.issuperset(names[: names.index(status.name)])

@@ -5,8 +5,9 @@ are an array, and what lies between two of those is one short job, which collect
 it, runs the stages between, and opens the array after it. A job waits for the one before it: for
 its success, or, where that is an array, for its end, because missing shards are repaired.
 
-    prepare → sft → merge-sft + open → [candidates] → collect + open → [verdicts] → collect, pairs
-    → dpo → merge-dpo + open → [answers] → collect + open → [verdicts] → collect, evaluate, report
+    prepare → sft → merge-sft + open → [candidates] → collect + open → [verdicts] → collect, pairs,
+    open → [log_probs] → collect → dpo → merge-dpo + open → [answers] → collect + open → [verdicts]
+    → collect, evaluate, report
 """
 
 from __future__ import annotations
@@ -43,9 +44,11 @@ class ChainJob:
 
 
 def steps_of(stages: Sequence[Stage], config: RunConfig) -> list[Step]:
-    """Everything a chain does for some stages, in order."""
+    """Everything a chain does for some stages, in order; nothing for those a run does not have."""
     steps: list[Step] = []
     for stage in stages:
+        if not stage.wanted(config):
+            continue
         phases = stage.active_phases(config)
         for phase in phases:
             steps += [(verb, stage.name, phase.name) for verb in ("open", "shards", "close")]

@@ -74,9 +74,11 @@ def local_drive(run: Run, config: RunConfig, stage: Stage, workers: int) -> Driv
 
 def with_shards_for(config: RunConfig, workers: int) -> RunConfig:
     """The configuration with at least as many shards a stage as there are workers."""
+    numbers = {"generate": "num_shards", "judge": "num_shards", "evaluate": "num_shards",
+               "dpo": "reference_shards"}  # fmt: skip
     update = {
-        name: section.model_copy(update={"num_shards": max(workers, section.num_shards)})
-        for name in ("generate", "judge", "evaluate")
+        name: section.model_copy(update={key: max(workers, getattr(section, key))})
+        for name, key in numbers.items()
         if (section := getattr(config, name))
     }
     return config.model_copy(update=update)

@@ -25,6 +25,8 @@ def resources_of(config: RunConfig, kind: JobKind) -> Resources:
         merged["gpus"], merged["gpu_type"] = 0, None
     if kind not in ("sft", "dpo"):
         merged["nodes"] = 1
+    if kind == "reference" and "gpus" not in _given(config, kind):
+        merged["gpus"] = min(merged["gpus"], 1)
     return Resources(**merged)
 
 

@@ -13,9 +13,10 @@ from pydantic import Field, field_validator, model_validator
 
 from medtrain.config.base import Section
 
-JobKind = Literal["cpu", "sft", "merge", "generate", "judge", "dpo", "evaluate"]
+JobKind = Literal["cpu", "sft", "merge", "generate", "judge", "reference", "dpo", "evaluate"]
 """Kinds of jobs that may ask for different resources. `cpu`: prepare, pairs, report, and the short
-jobs that open and collect the arrays. `judge` also judges the evaluation's answers."""
+jobs that open and collect the arrays. `judge` also judges the evaluation's answers. `reference`:
+one GPU is all it can use."""
 
 # A secret in the configuration would end in scripts, logs and reports.
 _SECRET = r"(?:API)?(?:KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)S?"

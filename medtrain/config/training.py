@@ -113,6 +113,14 @@ class DPOConfig(TrainingConfig):
     """Share of preferences taken to be the wrong way round; with `loss_type: robust`."""
     validation_fraction: float = Field(0.1, ge=0, lt=0.5)
     """Share of the pairs on which the loss is evaluated."""
+    reference_shards: int = Field(1, ge=1)
+    """Pieces in which the reference's log-probabilities are computed before training: the tasks of
+    an array, each with one GPU. It changes no result."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the method compares the trained model with the one it started as."""
+        return self.method in ("dpo", "kto")
 
     @model_validator(mode="after")
     def _smoothing_needs_the_robust_loss(self) -> DPOConfig:

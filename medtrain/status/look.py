@@ -11,7 +11,7 @@ from medtrain.config import RunConfig
 from medtrain.console import Console
 from medtrain.pipeline import Pipeline, summary
 from medtrain.run import Run
-from medtrain.stages import STAGES, Stage, needed_before
+from medtrain.stages import Stage, needed_before, stages_of
 from medtrain.status.advice import Advice, advise
 from medtrain.status.facts import Failure, GpuTime, StageStatus, State, gpu_json
 from medtrain.status.holder import living_holder
@@ -102,7 +102,7 @@ def run_status(
     pipeline = Pipeline(run, config, Console(quiet=True))
     holder = living_holder(run)
     found: list[StageStatus] = []
-    for stage in STAGES:
+    for stage in stages_of(config):
         status = overlay(_stage_status(pipeline, stage, bool(holder)))
         behind = _behind(found, stage, run, config) if status.state == "done" else None
         if behind is not None:

@@ -54,7 +54,8 @@ def sharded_progress(run: Run, config: RunConfig, stage: Stage, status: StageSta
 def shard_directory(run: Run, stage: str, key: str) -> Path:
     """Where the shard set of that key keeps its files."""
     if stage != "evaluate":
-        return run.generate if stage == "generate" else run.judge
+        of_stage = {"generate": run.generate, "judge": run.judge, "reference": run.reference_shards}
+        return of_stage[stage]
     kind, _, variant = key.partition(".")
     if kind == "answers":
         return run.answers_shards(variant)

@@ -153,6 +153,22 @@ def write_adapter(
     write_json(directory / CONFIG_FILE, dict(sorted(written.items())))
 
 
+def adapter_shapes(model: Any) -> dict[str, torch.Size]:
+    """The shape of every weight that `write_adapter` writes, by its name in the file.
+
+    Under ZeRO-3 a process holds a part of every weight; DeepSpeed keeps the whole one's shape.
+    """
+    whole = {
+        name: torch.empty(getattr(p, "ds_shape", p.shape), device="meta")
+        for name, p in model.named_parameters()
+        if "lora_" in name or "trainable_tokens" in name
+    }
+    named = get_peft_model_state_dict(
+        model, state_dict=whole, adapter_name="default", save_embedding_layers=False
+    )
+    return {name: weight.shape for name, weight in named.items()}
+
+
 def trainable_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Names and parameters that an optimiser would change."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

@@ -1,25 +1,31 @@
 """Which checkpoints are whole, which one counts, and how an adapter is published from one.
 
-trainer writes checkpoint-<step>/ → every file fsynced → `complete.json` last, so a directory that
-has it is whole → all but the newest and the best removed → at the end the best (or the last) one's
-adapter becomes <stage>/adapter, by rename. A killed run goes on from the newest whole checkpoint;
-what is not whole is thrown away.
+trainer writes checkpoint-<step>/ → every file fsynced → the adapter reopened and looked at → a
+manifest of all files, their sizes and SHA-256, written last → verified → only then are older ones
+removed, but for the best → at the end the best (or the last) one's adapter becomes <stage>/adapter,
+by rename. A killed run goes on from the newest checkpoint whose files are those of its manifest.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medtrain.files import fsync_directory, read_json, tree_files, write_json
+import torch
+from safetensors.torch import load_file
+
+from medtrain.errors import MedtrainError
+from medtrain.files import fsync_directory, read_json, sha256_file, tree_files, write_json
 from medtrain.run import Run, Trained
 from medtrain.train.adapter import CONFIG_FILE, FACTS_FILE, WEIGHTS_FILE, AdapterFacts
 
-_MARKER = "complete.json"
+_MANIFEST = "complete.json"
 _PREFIX = "checkpoint-"
 
 
@@ -28,7 +34,15 @@ class Plan(NamedTuple):
 
     max_steps: int
     steps_per_epoch: int
+    rows_a_step: int
     processes: int
+    strategy: str = "ddp"
+    """Of medtrain.config.training.Strategy."""
+
+    @property
+    def each(self) -> int:
+        """Rows of a step that each process has."""
+        return self.rows_a_step // self.processes
 
 
 class Checkpoint(NamedTuple):
@@ -38,29 +52,120 @@ class Checkpoint(NamedTuple):
     step: int
     finished: bool
     """Training ended with it, by its last step or by early stopping."""
+    evaluated: bool
+    """Whether an evaluation that was due at its step was done; if not, it is what comes next."""
     history: list[dict[str, Any]]
     """The trainer's log up to here."""
     plan: Plan
 
 
-def mark_complete(path: Path, *, step: int, finished: bool, plan: Plan) -> None:
-    """Make a checkpoint durable, then say that it is whole."""
+def complete(path: Path, *, step: int, finished: bool, evaluated: bool, plan: Plan) -> None:
+    """Make a checkpoint durable, then say that it is whole, by its manifest.
+
+    Raises:
+        MedtrainError: what was written is not what is there now.
+    """
+    files = {}
     for file in tree_files(path):
+        if file.name == _MANIFEST:
+            continue
         descriptor = os.open(file, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        name = str(file.relative_to(path))
+        files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
     fsync_directory(path)
-    facts = {"step": step, "finished": finished, "plan": plan._asdict()}
-    write_json(path / _MARKER, facts)
+    write_json(
+        path / _MANIFEST,
+        {"step": step, "finished": finished, "evaluated": evaluated, "plan": plan._asdict(),
+         "files": files},
+    )  # fmt: skip
     fsync_directory(path.parent)
+    if why := why_not_whole(path):
+        raise MedtrainError(f"The checkpoint {path} was written and cannot be read back: {why}")
 
 
-def newest_complete(directory: Path) -> Checkpoint | None:
-    """The whole checkpoint of the highest step, or None."""
-    steps = sorted((step, path) for path, step in _checkpoints(directory) if _is_complete(path))
-    return _read(steps[-1][1]) if steps else None
+def why_not_whole(path: Path) -> str | None:
+    """What differs between a checkpoint's files and its manifest; None where nothing does."""
+    try:
+        files = read_json(path / _MANIFEST)["files"]
+        for name, known in files.items():
+            if (path / name).stat().st_size != known["bytes"]:
+                return f"{name} has another size"
+            if sha256_file(path / name) != known["sha256"]:
+                return f"{name} has another content"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its manifest cannot be read ({type(error).__name__})"
+    return None
+
+
+def newest_whole(directory: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint of the highest step that is whole, and why newer ones are not."""
+    refused = []
+    for step, path in sorted(
+        ((step, path) for path, step in _checkpoints(directory)), reverse=True
+    ):
+        why = why_not_whole(path)
+        if why is None:
+            return _read(path), refused
+        if (path / _MANIFEST).exists():
+            refused.append(f"checkpoint {step} is damaged: {why}")
+    return None, refused
+
+
+def check_adapter(path: Path, expected: Mapping[str, torch.Size]) -> None:
+    """Reopen the adapter of a checkpoint and look at what is in it.
+
+    Sharded training is known for writing files that hold empty or untrained tensors.
+
+    Args:
+        path: a directory with an adapter's weights.
+        expected: shape of every trained weight, by the name it has in the file.
+
+    Raises:
+        MedtrainError: a weight is missing, empty, of another shape, no number, or not float32; or
+            every B is zero.
+    """
+    weights = load_file(path / WEIGHTS_FILE)
+    for name, shape in expected.items():
+        if name not in weights:
+            raise _unsound(path, f"{name} is missing")
+        if weights[name].shape != shape:
+            raise _unsound(path, f"{name} has the shape {tuple(weights[name].shape)}, not "
+                           f"{tuple(shape)}")  # fmt: skip
+    for name, weight in weights.items():
+        if name not in expected:
+            raise _unsound(path, f"{name} is not a weight of the adapter")
+        if not bool(torch.isfinite(weight).all()):
+            raise _unsound(path, f"{name} holds numbers that are none")
+    least = sum(math.prod(shape) for shape in expected.values()) * 2
+    if (path / WEIGHTS_FILE).stat().st_size < least:
+        raise _unsound(path, f"{WEIGHTS_FILE} is smaller than its weights")
+
+
+def _unsound(path: Path, why: str) -> MedtrainError:
+    return MedtrainError(
+        f"The adapter in {path} was not saved as it should be: {why}",
+        fix="Run the same command: it goes on from the checkpoint before. If it happens again, try "
+        "another train.strategy.",
+    )
+
+
+def rewrite_history(checkpoint: Checkpoint, history: Sequence[dict[str, Any]]) -> None:
+    """Add an evaluation that was done later to a checkpoint, and call it whole again."""
+    file = checkpoint.path / "trainer_state.json"
+    state = read_json(file)
+    state["log_history"] = list(history)
+    (checkpoint.path / _MANIFEST).unlink()
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(file)
+    complete(checkpoint.path, step=checkpoint.step, finished=checkpoint.finished, evaluated=True,
+             plan=checkpoint.plan)  # fmt: skip
 
 
 def at_step(directory: Path, step: int) -> Checkpoint:
@@ -85,14 +190,24 @@ def _evaluations(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in history if "eval_loss" in line and line["step"] > 0]
 
 
-def prune(directory: Path, keep: set[int]) -> None:
-    """Remove the checkpoints of all other steps, and what a killed process left half written.
+def prune_to_best(directory: Path, step: int, history: Sequence[dict[str, Any]]) -> None:
+    """Keep the checkpoint of a step, the one before it lest that be damaged, and the best."""
+    best = best_step(history)
+    before = [s for path, s in _checkpoints(directory) if s < step and _is_complete(path)]
+    kept = {step, *([] if best is None else [best]), *([max(before)] if before else [])}
+    _prune(directory, kept)
 
-    The marker goes first: a directory whose removal is interrupted is not taken for whole.
-    """
+
+def prune_beyond(directory: Path, step: int) -> None:
+    """Remove the checkpoints after a step, and what a killed process left half written."""
+    _prune(directory, {s for _, s in _checkpoints(directory) if s <= step})
+
+
+def _prune(directory: Path, keep: set[int]) -> None:
+    """The manifest goes first: a directory whose removal is interrupted is not taken for whole."""
     for path, step in _checkpoints(directory):
         if step not in keep or not _is_complete(path):
-            (path / _MARKER).unlink(missing_ok=True)
+            (path / _MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path)
 
 
@@ -124,10 +239,11 @@ def _checkpoints(directory: Path) -> list[tuple[Path, int]]:
 
 
 def _is_complete(path: Path) -> bool:
-    return (path / _MARKER).is_file()
+    return (path / _MANIFEST).is_file()
 
 
 def _read(path: Path) -> Checkpoint:
-    facts = read_json(path / _MARKER)
+    facts = read_json(path / _MANIFEST)
     history = read_json(path / "trainer_state.json")["log_history"]
-    return Checkpoint(path, facts["step"], facts["finished"], history, Plan(**facts["plan"]))
+    plan = Plan(**facts["plan"])
+    return Checkpoint(path, facts["step"], facts["finished"], facts["evaluated"], history, plan)

@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
+from trl.trainer.utils import get_peak_flops_per_device
 
 from medtrain.config import RunConfig
 from medtrain.console import Console
-from medtrain.errors import MedtrainError
+from medtrain.errors import ConfigError, DataError, MedtrainError, TryAgainError
 from medtrain.run import Run, Trained
 from medtrain.train import checkpoints
 from medtrain.train.adapter import AdapterFacts, read_weights
 from medtrain.train.checkpoints import Checkpoint, Plan
-from medtrain.train.model import out_of_memory
+from medtrain.train.going_on import GoingOn, NothingLeftError
+from medtrain.train.guard import LossGuard
+from medtrain.train.model import compute_dtype, out_of_memory
+from medtrain.train.preemption import StopRequest
+from medtrain.train.speed import SpeedMeter
+from medtrain.train.step import EvaluationStoppedError, Fed
 from medtrain.train.telemetry import Telemetry, keep_metrics_until
 
 if TYPE_CHECKING:
@@ -39,16 +47,76 @@ class Fit:
     plan: Plan
     console: Console
 
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    def feed(self, trainer: Any, fed: Fed) -> None:
+        """Give a trainer what it reads, and what watches over it."""
+        device = trainer.args.device
+        section = getattr(self.config, self.stage)
+        model = trainer.model.get_base_model()
+        peak = None
+        if torch.cuda.is_available():
+            dtype = str(compute_dtype(self.config)).removeprefix("torch.")
+            peak = get_peak_flops_per_device(trainer.accelerator, dtype)
+        trainer.feed(
+            fed,
+            self.stop,
+            LossGuard(self.stage, fed.ids, section.max_bad_batches, device),
+            SpeedMeter(model.num_parameters(exclude_embeddings=True), self.plan.processes, peak),
+        )
+
     def resume_point(self, trainer: Any) -> Checkpoint | None:
-        """The checkpoint to go on from; metrics and checkpoints that go beyond it are removed."""
+        """The checkpoint to go on from; metrics and checkpoints that go beyond it are removed.
+
+        The first process decides, and the others take its word: they must not differ.
+
+        Raises:
+            ConfigError: other processes wrote the checkpoints, and these cannot go on from them.
+        """
         directory = self.run.checkpoints(self.stage)
-        found = checkpoints.newest_complete(directory)
-        fits = found is not None and found.plan == self.plan
-        trainer.accelerator.wait_for_everyone()
+        decided: list[Checkpoint | None] = [None]
+        if trainer.accelerator.is_main_process:
+            found, refused = checkpoints.newest_whole(directory)
+            for why in refused:
+                self.console.warn("checkpoint_refused", f"{self.stage}: {why}")
+            decided = [found]
+        found = broadcast_object_list(decided)[0]
+        fits = found is not None and self._continues(found.plan)
         if trainer.args.should_save:
             self._clear_beyond(found if fits else None, stale=found is not None and not fits)
         trainer.accelerator.wait_for_everyone()
         return found if fits else None
+
+    def _continues(self, then: Plan) -> bool:
+        """Whether training goes on from checkpoints of this plan; False where it is another one."""
+        now = self.plan
+        if then == now:
+            return True
+        alike = (then.max_steps, then.steps_per_epoch, then.rows_a_step)
+        replicated = {then.strategy, now.strategy} == {"ddp"}
+        if alike == (now.max_steps, now.steps_per_epoch, now.rows_a_step):
+            if replicated:
+                self.console.event(
+                    "processes_changed",
+                    f"{self.stage}: going on with {now.processes} processes in place of "
+                    f"{then.processes}: the same rows in every step, other draws of dropout",
+                )
+                return True
+            raise ConfigError(
+                f"{self.stage} was begun by {then.processes} processes under {then.strategy}, whose "
+                f"optimiser state {now.processes} under {now.strategy} cannot read",
+                fix=f"Go on with train.strategy={then.strategy} and as many processes, or begin "
+                f"anew: --force {self.stage}.",
+            )
+        if then.processes != now.processes and then.each == now.each:
+            raise ConfigError(
+                f"{self.stage} was begun with {then.rows_a_step} rows a step on {then.processes} "
+                f"processes; {now.processes} processes make {now.rows_a_step}, another training",
+                fix=f"Set {self.stage}.batch_size and {self.stage}.gradient_accumulation so that "
+                f"their product with the processes is {then.rows_a_step}, or begin anew: "
+                f"--force {self.stage}.",
+            )
+        return False
 
     def train(self, trainer: Any, before: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
         """Train to the end and publish the adapter; returns figures for the receipt.
@@ -58,35 +126,68 @@ class Fit:
             before: the adapter that training started from; None for a fresh one, whose B is 0.
 
         Raises:
-            ConfigError: the GPU's memory is too small.
+            ConfigError: the GPU's memory is too small, or the checkpoints do not fit.
+            TryAgainError: training was asked to stop, and has saved.
             MedtrainError: the loss is no number, or the adapter has not changed.
         """
         start = self.resume_point(trainer)
         if start is None or not start.finished:
             self._run_trainer(trainer, start)
         directory = self.run.checkpoints(self.stage)
-        last = checkpoints.newest_complete(directory)
-        assert last is not None, "the trainer saves at its last step"
-        best = checkpoints.best_step(last.history)
-        keep_best = getattr(self.config, self.stage).keep_best and best is not None
-        chosen = checkpoints.at_step(directory, best) if keep_best and best else last
+        last, _ = checkpoints.newest_whole(directory)
+        if last is None or not last.finished:
+            raise MedtrainError(
+                f"{self.stage} ended without a whole checkpoint of its end in {directory}",
+                fix="Run the same command: it goes on from the last whole one.",
+            )
+        chosen = self._choose(directory, last)
         self._check_changed(chosen, before)
         if trainer.args.should_save:
             checkpoints.publish_adapter(self.run, self.stage, chosen, self._facts())
         trainer.accelerator.wait_for_everyone()
         return self._figures(trainer, last, chosen)
 
+    def _choose(self, directory: Path, last: Checkpoint) -> Checkpoint:
+        best = checkpoints.best_step(last.history)
+        if best is None or best == last.step or not getattr(self.config, self.stage).keep_best:
+            return last
+        chosen = checkpoints.at_step(directory, best)
+        if why := checkpoints.why_not_whole(chosen.path):
+            raise DataError(
+                f"The best checkpoint, {chosen.path}, is damaged: {why}",
+                fix=f"Set {self.stage}.keep_best=false to take the last one, or train again: "
+                f"--force {self.stage}.",
+            )
+        return chosen
+
     def _run_trainer(self, trainer: Any, start: Checkpoint | None) -> None:
         section = getattr(self.config, self.stage)
         metrics = self.run.metrics(self.stage) if trainer.args.should_save else None
         with self.console.progress(self.stage, self.plan.max_steps, "steps") as progress:
             trainer.add_callback(
-                Telemetry(metrics, progress, early_stopping=section.early_stopping)
+                Telemetry(
+                    metrics,
+                    progress,
+                    trainer.meter,
+                    early_stopping=section.early_stopping,
+                    checkpoint_steps=section.checkpoint_steps,
+                )
             )
+            trainer.add_callback(GoingOn(trainer, start))
             try:
                 trainer.train(resume_from_checkpoint=str(start.path) if start else None)
+            except NothingLeftError:
+                return
+            except EvaluationStoppedError:
+                trainer.stopped = True
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(error, self.config, self.stage) from error
+        if trainer.stopped:
+            step = trainer.state.global_step
+            raise TryAgainError(
+                f"{self.stage} was asked to stop and has, at step {step} of {self.plan.max_steps}",
+                fix="Run the same command: it goes on from there.",
+            )
 
     def _clear_beyond(self, start: Checkpoint | None, *, stale: bool) -> None:
         directory, metrics = self.run.checkpoints(self.stage), self.run.metrics(self.stage)
@@ -96,12 +197,11 @@ class Fit:
             if stale:
                 self.console.warn(
                     "checkpoints_ignored",
-                    f"{self.stage}: the checkpoints belong to another number of steps or "
-                    "processes, so training begins anew",
+                    f"{self.stage}: the checkpoints belong to another number of steps or of rows, "
+                    "so training begins anew",
                 )
             return
-        best = checkpoints.best_step(start.history)
-        checkpoints.prune(directory, {start.step} if best is None else {start.step, best})
+        checkpoints.prune_beyond(directory, start.step)
         keep_metrics_until(metrics, start.step)
         self.console.event(
             "resume",

@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from medtrain.config import RunConfig
 from medtrain.data.base import resolve_base
 from medtrain.errors import BadNodeError, ConfigError, DataError, EndpointError, MedtrainError
-from medtrain.run import Run
+from medtrain.run import Run, Trained
 from medtrain.train.adapter import attach_adapter
+from medtrain.train.packed import attention_for, why_not_packed
 
 if TYPE_CHECKING:
     from medtrain.data.chat import ChatTokenizer
 
-__all__ = ["attach_adapter", "compute_dtype", "load_base", "load_merged"]
+__all__ = ["attach_adapter", "compute_dtype", "load_base", "load_merged", "packs"]
 
 NEW_ROW_SPREAD = 0.05
 """How far a new row lies from the mean row, in standard deviations of the old rows."""
@@ -49,6 +50,7 @@ def load_base(
     quantized: bool,
     dtype: torch.dtype | None = None,
     device: str | None = None,
+    packed: bool = False,
 ) -> Any:
     """The base with its embeddings grown to `chat.vocab_rows`, in evaluation mode.
 
@@ -59,6 +61,7 @@ def load_base(
         quantized: NF4 weights in the linear layers; embeddings and output layer stay in `dtype`.
         dtype: of computation and storage; None takes `model.dtype`'s.
         device: where it goes; None takes this process's GPU, or the CPU where there is none.
+        packed: its attention keeps apart rows that lie in one sequence (medtrain.train.packed).
 
     Raises:
         DataError: the directory holds no model that can be loaded, or not the one that `prepare`
@@ -74,11 +77,41 @@ def load_base(
         revision=config.model.revision,
         quantization=_nf4(config, dtype) if quantized else None,
         device=device,
+        attention=attention_for(config.model.attention, dtype, packed=packed),
     )
     _keep_weights_as_they_are(model)
     _grow(model, chat)
     _name_control_tokens(model, chat)
     return model.eval()
+
+
+def packs(run: Run, config: RunConfig, stage: Trained) -> bool:
+    """Whether a stage computes its rows packed: as told, or where the model keeps them apart.
+
+    Raises:
+        ConfigError: it is told to, and the model does not.
+    """
+    section = getattr(config, stage)
+    wanted = section.packing
+    if wanted is False or (wanted == "auto" and config.model.attention == "eager"):
+        return False
+    shape = _architecture(resolve_base(run, config), config)
+    why = why_not_packed(shape, section.max_length)
+    if why is not None and wanted is True:
+        raise ConfigError(
+            f"{stage}.packing is not possible: {why}",
+            fix=f"Set {stage}.packing=auto or false: rows are then grouped by length and padded.",
+        )
+    return why is None
+
+
+def _architecture(name: str, config: RunConfig) -> Any:
+    try:
+        return AutoConfig.from_pretrained(
+            name, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _unreadable(name, Path(name).is_dir(), error) from error
 
 
 def load_merged(
@@ -89,7 +122,9 @@ def load_merged(
     device: str | None = None,
 ) -> Any:
     """A plain model directory or hub id in evaluation mode, nothing grown, nothing quantised."""
-    return _load(str(path), config, dtype or compute_dtype(config), device=device).eval()
+    dtype = dtype or compute_dtype(config)
+    attention = attention_for(config.model.attention, dtype, packed=False)
+    return _load(str(path), config, dtype, device=device, attention=attention).eval()
 
 
 def device_map() -> dict[str, int | str]:
@@ -128,6 +163,7 @@ def _load(
     revision: str | None = None,
     quantization: BitsAndBytesConfig | None = None,
     device: str | None = None,
+    attention: str | None = None,
 ) -> Any:
     """from_pretrained, with its many ways to fail turned into ours."""
     local = Path(name).is_dir()
@@ -139,8 +175,8 @@ def _load(
     }
     if revision is not None and not local:
         arguments["revision"] = revision
-    if config.model.attention != "auto":
-        arguments["attn_implementation"] = config.model.attention
+    if attention is not None:
+        arguments["attn_implementation"] = attention
     if quantization is not None:
         arguments["quantization_config"] = quantization
     try:

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
@@ -41,6 +41,8 @@ class Counts:
     """Longer than `max_length`: the end was cut off."""
     unusable_rows: int = 0
     """Without a token to learn from inside `max_length`, or a pair of equal answers."""
+    answerless_rows: int = 0
+    """Those of the unusable whose prompt alone takes up `max_length`."""
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -48,14 +50,41 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The training or the validation rows."""
+
+    dataset: Any
+    """A datasets.Dataset of token ids."""
+    ids: tuple[str, ...]
+    """Of the rows, as in the file that they came from."""
+    lengths: tuple[int, ...]
+    """Tokens that a forward pass of the row computes; of a pair, those of both sides."""
+    items: tuple[int, ...]
+    """Tokens with a loss."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
 class Rows:
     """Token ids, ready for a trainer."""
 
-    train: Any
-    """A datasets.Dataset."""
-    validation: Any | None
-    """A datasets.Dataset; None without validation rows."""
+    train: Part
+    validation: Part | None
+    """None without validation rows."""
     counts: Counts
+
+
+class _Row(NamedTuple):
+    """A row on its way from a file into a part."""
+
+    key: str
+    """Decides its side."""
+    id: str
+    columns: tuple[list[int], ...]
+    length: int
+    items: int
 
 
 def sft_rows(run: Run, config: RunConfig, chat: ChatTokenizer) -> Rows:
@@ -124,7 +153,7 @@ def is_validation(key: str, fraction: float) -> bool:
 
 def _encode_examples(
     examples: Iterator[Example], config: RunConfig, chat: ChatTokenizer, counts: Counts
-) -> Iterator[tuple[str, tuple[list[int], ...]]]:
+) -> Iterator[_Row]:
     longest = config.sft.max_length
     while batch := list(islice(examples, _ROWS_AT_A_TIME)):
         encoded = chat.encode_many([list(e.messages) for e in batch], config.sft.loss_on)
@@ -136,52 +165,77 @@ def _encode_examples(
                 for token, learnt in zip(ids, row.loss_mask, strict=False)
             ]
             # The first token of a row is predicted from nothing, so its label does not count.
-            if all(label == IGNORED for label in labels[1:]):
+            supervised = sum(label != IGNORED for label in labels[1:])
+            if not supervised:
                 counts.unusable_rows += 1
             else:
                 # By question: another answer to it on the other side would flatter the validation.
-                yield example.question, (ids, labels)
+                yield _Row(example.question, example.id, (ids, labels), len(ids), supervised)
 
 
 def _encode_preferences(
     preferences: Iterator[Preference], config: RunConfig, chat: ChatTokenizer, counts: Counts
-) -> Iterator[tuple[str, tuple[list[int], ...]]]:
-    longest = config.dpo.max_length
-    for pair in preferences:
-        row = chat.encode_preference(list(pair.prompt), pair.chosen, pair.rejected)
-        room = longest - len(row.prompt_ids)
-        # An answer that ran into the token limit does not end there: it gets no end token, lest
-        # the model learn to stop in the middle of a sentence.
-        whole_chosen = row.chosen_ids[:-1] if pair.chosen_cut else row.chosen_ids
-        whole_rejected = row.rejected_ids[:-1] if pair.rejected_cut else row.rejected_ids
-        chosen, rejected = whole_chosen[: max(room, 0)], whole_rejected[: max(room, 0)]
-        if room < 1 or chosen == rejected:
+) -> Iterator[_Row]:
+    for preference in preferences:
+        pair = encode_pair(preference, chat, config.dpo.max_length)
+        if not pair.is_usable:
             counts.unusable_rows += 1
+            counts.answerless_rows += not pair.chosen_ids
             continue
-        counts.cut_rows += max(len(whole_chosen), len(whole_rejected)) > room
+        counts.cut_rows += pair.was_cut
         # Pairs of one prompt stay together: a prompt on both sides would flatter the validation.
-        yield canonical_json(list(pair.prompt)), (row.prompt_ids, chosen, rejected)
+        key = canonical_json(list(preference.prompt))
+        columns = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        answers = len(pair.chosen_ids) + len(pair.rejected_ids)
+        yield _Row(key, preference.id, columns, 2 * len(pair.prompt_ids) + answers, answers)
 
 
-def _split(
-    rows: Iterable[tuple[str, tuple[list[int], ...]]],
-    columns: Sequence[str],
-    fraction: float,
-    counts: Counts,
-) -> Rows:
-    train: list[tuple[list[int], ...]] = []
-    validation: list[tuple[list[int], ...]] = []
-    for key, row in rows:
-        (validation if is_validation(key, fraction) else train).append(row)
+class EncodedPair(NamedTuple):
+    """A preference pair as DPO sees it."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    was_cut: bool
+    """Whether an answer lost its end."""
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether anything can be learnt from it: its answers are there, and differ."""
+        return self.chosen_ids != self.rejected_ids
+
+
+def encode_pair(pair: Preference, chat: ChatTokenizer, max_length: int) -> EncodedPair:
+    """The token ids of a pair, its answers cut where a row would be longer than `max_length`.
+
+    An answer that ran into the token limit does not end there: it gets no end token, lest the model
+    learn to stop in the middle of a sentence.
+    """
+    row = chat.encode_preference(list(pair.prompt), pair.chosen, pair.rejected)
+    room = max(0, max_length - len(row.prompt_ids))
+    chosen = row.chosen_ids[:-1] if pair.chosen_cut else row.chosen_ids
+    rejected = row.rejected_ids[:-1] if pair.rejected_cut else row.rejected_ids
+    was_cut = max(len(chosen), len(rejected)) > room
+    return EncodedPair(row.prompt_ids, chosen[:room], rejected[:room], was_cut)
+
+
+def _split(rows: Iterable[_Row], columns: Sequence[str], fraction: float, counts: Counts) -> Rows:
+    train: list[_Row] = []
+    validation: list[_Row] = []
+    for row in rows:
+        (validation if is_validation(row.key, fraction) else train).append(row)
     if not train:
         train, validation = validation, []
     counts.train_rows, counts.validation_rows = len(train), len(validation)
-    return Rows(
-        _dataset(train, columns), _dataset(validation, columns) if validation else None, counts
-    )
+    return Rows(_part(train, columns), _part(validation, columns) if validation else None, counts)
 
 
-def _dataset(rows: Sequence[tuple[list[int], ...]], columns: Sequence[str]) -> Any:
+def _part(rows: Sequence[_Row], columns: Sequence[str]) -> Part:
     features = Features({name: ListOf(Value("int32")) for name in columns})
-    data = {name: [row[i] for row in rows] for i, name in enumerate(columns)}
-    return Dataset.from_dict(data, features=features)
+    data = {name: [row.columns[i] for row in rows] for i, name in enumerate(columns)}
+    return Part(
+        Dataset.from_dict(data, features=features),
+        ids=tuple(row.id for row in rows),
+        lengths=tuple(row.length for row in rows),
+        items=tuple(row.items for row in rows),
+    )

@@ -1,16 +1,14 @@
 """What a training run tells while it goes: metrics for the report, progress for a person.
 
-The trainer's log lines → one JSON object a line in the run's metrics file (on resume, lines after
-the resumed step are dropped first) → the console's bar: loss, learning rate, tokens a second. The
-same callback asks the trainer to log wherever it saves, so that a resumed run averages its losses
-over the same steps as one that was never stopped; and it is what stops a run early.
+The trainer's log lines and the meter's figures → one JSON object a line in the run's metrics file (on
+resume, lines after the resumed step are dropped first) → the console's bar: loss, learning rate,
+tokens a second. The same callback saves between evaluations, and stops a run early.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from medtrain.console import ProgressTask
 from medtrain.errors import MedtrainError
 from medtrain.files import write_bytes
 from medtrain.train.checkpoints import evaluations_since_best
+from medtrain.train.speed import SpeedMeter
 
 _NAMES = {
     "loss": "loss",
@@ -65,26 +64,31 @@ def keep_metrics_until(path: Path, step: int) -> None:
 
 
 class Telemetry(TrainerCallback):  # type: ignore[misc]
-    """Metrics, progress, and two decisions: when to log besides, and when to stop early."""
+    """Metrics, progress, and two decisions: when to save besides, and when to stop early."""
 
     def __init__(
-        self, metrics: Path | None, progress: ProgressTask, *, early_stopping: int = 0
+        self,
+        metrics: Path | None,
+        progress: ProgressTask,
+        meter: SpeedMeter,
+        *,
+        early_stopping: int = 0,
+        checkpoint_steps: int | None = None,
     ) -> None:
         """`metrics` is None in processes that do not keep the books."""
-        self._metrics, self._progress = metrics, progress
-        self._early_stopping = early_stopping
-        self._began, self._tokens_before = time.monotonic(), 0
+        self._metrics, self._progress, self._meter = metrics, progress, meter
+        self._early_stopping, self._checkpoint_steps = early_stopping, checkpoint_steps
         self._figures: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock of tokens a second."""
-        self._began = time.monotonic()
-        self._tokens_before = tokens_seen(state.log_history)
+        """Show where a resumed training begins."""
         self._progress.update(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log wherever the trainer saves."""
-        control.should_log = control.should_log or control.should_save
+        """Save between evaluations too, where that is wanted."""
+        every = self._checkpoint_steps
+        if every and state.global_step % every == 0:
+            control.should_save = True
         self._progress.update(state.global_step, **self._figures)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -111,17 +115,18 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
                 "float16.",
             )
         if line["kind"] == "train":
+            line.update(self._meter.line())
             self._figures = self._shown(line)
         if self._metrics is not None:
             with self._metrics.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(line) + "\n")
 
     def _shown(self, line: Mapping[str, Any]) -> dict[str, float]:
-        seconds = max(time.monotonic() - self._began, 1e-9)
         shown = {"loss": line["loss"], "lr": line.get("learning_rate", 0.0)}
         if "rewards_margin" in line:
             shown["margin"] = line["rewards_margin"]
-        shown["tokens_per_s"] = (line.get("tokens", 0) - self._tokens_before) / seconds
+        if "tokens_per_s" in line:
+            shown["tokens_per_s"] = line["tokens_per_s"]
         return shown
 
 

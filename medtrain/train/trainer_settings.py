@@ -6,6 +6,7 @@ then `trainer:` as it is → the TRL config, with its complaints as ConfigError.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from typing import Any
@@ -23,14 +24,27 @@ from medtrain.run import Run, Trained
 from medtrain.train.checkpoints import Plan
 from medtrain.train.model import compute_dtype
 
+STRATEGY_VARIABLE = "MEDTRAIN_STRATEGY"
+"""Set by whoever launches several processes: one of medtrain.config.training.Strategy."""
 
-def make_plan(section: TrainingConfig, train_rows: int) -> Plan:
-    """How many optimiser steps the rows make, as transformers counts them."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    batches = math.ceil(math.ceil(train_rows / section.batch_size) / processes)
-    steps_per_epoch = max(1, math.ceil(batches / section.gradient_accumulation))
+
+def make_plan(section: TrainingConfig, train_rows: int, strategy: str) -> Plan:
+    """How many optimiser steps the rows make, by how many processes."""
+    processes = world_size()
+    rows_a_step = section.batch_size * section.gradient_accumulation * processes
+    steps_per_epoch = max(1, math.ceil(train_rows / rows_a_step))
     max_steps = section.max_steps or math.ceil(section.epochs * steps_per_epoch)
-    return Plan(max_steps, steps_per_epoch, processes)
+    return Plan(max_steps, steps_per_epoch, rows_a_step, processes, strategy)
+
+
+def world_size() -> int:
+    """Processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def strategy_here() -> str:
+    """The strategy that the launcher set for this process, or plain data parallelism."""
+    return os.environ.get(STRATEGY_VARIABLE, "ddp")
 
 
 def sft_settings(
@@ -44,7 +58,6 @@ def sft_settings(
     section = config.sft
     own = {
         "max_length": section.max_length,
-        "packing": section.packing,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
     arguments = _shared(run, config, "sft", plan, validated, console)
@@ -76,7 +89,9 @@ def _shared(
     section: TrainingConfig = getattr(config, stage)
     on_gpu = torch.cuda.is_available()
     dtype = compute_dtype(config)
-    every = _steps_between_evaluations(section, plan)
+    evaluated = _steps_between_evaluations(section, plan)
+    # DeepSpeed on a machine without GPUs: accelerate takes the device from its environment.
+    use_cpu = not on_gpu and "ACCELERATE_TORCH_DEVICE" not in os.environ
     checkpointing = section.activation_checkpointing
     if section.early_stopping and not validated:
         console.warn(
@@ -93,31 +108,48 @@ def _shared(
         "learning_rate": section.learning_rate,
         "per_device_train_batch_size": section.batch_size,
         "per_device_eval_batch_size": section.eval_batch_size,
-        "gradient_accumulation_steps": section.gradient_accumulation,
+        # A batch of the loader is a whole step (medtrain.train.step).
+        "gradient_accumulation_steps": 1,
         "lr_scheduler_type": section.scheduler,
         "warmup_steps": math.ceil(section.warmup_ratio * plan.max_steps),
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
         "optim": choose_optimizer(config, stage, console),
         "gradient_checkpointing": on_gpu if checkpointing == "auto" else checkpointing,
-        "use_cpu": not on_gpu,
+        "use_cpu": use_cpu,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "logging_steps": section.log_every,
         "logging_nan_inf_filter": False,
         "eval_strategy": "steps" if validated else "no",
-        "eval_steps": every,
+        "eval_steps": evaluated,
         "save_strategy": "steps",
-        "save_steps": every,
+        "save_steps": evaluated,
         "save_only_model": False,
         "remove_unused_columns": False,
         "dataloader_pin_memory": on_gpu,
         "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,
+        "ddp_backend": "gloo" if not on_gpu and "RANK" in os.environ else None,
+        "use_liger_kernel": _liger(config),
+        "torch_compile": config.train.compile is True,
         "log_level": "error",
         "log_level_replica": "error",
         "disable_tqdm": True,
-        "report_to": "none",
+        "report_to": list(config.train.trackers) or "none",
+        "run_name": f"{config.name}-{stage}",
     }
+
+
+def _liger(config: RunConfig) -> bool:
+    """Whether Liger's kernels are used: as told, or where there is a GPU and they are installed."""
+    wanted, installed = config.train.liger, importlib.util.find_spec("liger_kernel") is not None
+    if wanted is True and not (installed and torch.cuda.is_available()):
+        raise ConfigError(
+            "train.liger=true needs a GPU and the package liger-kernel",
+            fix="pip install liger-kernel, or leave train.liger at auto.",
+        )
+    return bool(wanted) and installed and torch.cuda.is_available()
 
 
 def _steps_between_evaluations(section: TrainingConfig, plan: Plan) -> int:

@@ -1,76 +1,92 @@
 """TRL's trainers, changed where a run must end with the same bytes however often it was killed.
 
-- A checkpoint holds the adapter `default` alone, in float32, and is marked when it is whole.
+- A checkpoint holds the adapter `default` alone, in float32; the trainer's sums since the last line
+  of metrics; and a manifest, once it is whole.
 - TRL stores the trainable weights of a quantised model in bfloat16; here they keep their precision.
-- DPO's frozen reference is an exact copy of the SFT adapter. TRL copies the parameters that have
-  `.default.` in their name, which leaves out the rows of trainable tokens (`….default`).
+- DPO's reference is what the stage before it computed: no second adapter is held for it.
 - Rows come as token ids; no trainer prepares, extends or cuts them.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback
 from trl import DPOTrainer, SFTTrainer
-from trl.trainer.utils import use_adapter
 
 from medtrain.errors import ConfigError, MedtrainError, TryAgainError
 from medtrain.run import Trained
 from medtrain.train import checkpoints
-from medtrain.train.adapter import load_weights, read_weights, trainable_parameters, write_adapter
+from medtrain.train.adapter import (
+    adapter_shapes,
+    load_weights,
+    read_weights,
+    trainable_parameters,
+    write_adapter,
+)
 from medtrain.train.checkpoints import Plan
+from medtrain.train.packed import PackedForward, select_supervised
+from medtrain.train.step import EvaluationStoppedError, StepTrainer
 from medtrain.train.telemetry import tokens_seen
 
-_DEFAULT, _REFERENCE = "default", "ref"
 _LITTLE_SPACE = 64 * 2**20
+_STAGE3 = 3
 
 
-class _AdapterTrainer:
-    """What both trainers change in how checkpoints are written and read."""
+class AdapterTrainer(StepTrainer):
+    """What all trainers change in how checkpoints are written and read, and in how they stop."""
 
     plan: Plan
-    model: Any
-    args: Any
-    state: Any
-    control: Any
-    accelerator: Any
+    _metrics: dict[str, Any]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No: the report room writes the model card."""
+
+    # Writing
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter; where it lies whole in every process, nothing is gathered for it."""
+        if self._is_deepspeed and self._zero_stage < _STAGE3:
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             directory = Path(output_dir or self.args.output_dir)
             write_adapter(self.model, directory, state_dict=state_dict)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any, *, evaluated: bool = True) -> None:
         directory = Path(self.args.output_dir)
+        path = directory / f"checkpoint-{self.state.global_step}"
         with _full_disk_said(directory):
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            self._sums_file(path).write_text(json.dumps(self._sums()), encoding="utf-8")
         # Every process has written its random state before the checkpoint is called whole.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             with _full_disk_said(directory):
-                self._finish_checkpoint(directory)
+                self._finish_checkpoint(path, evaluated)
         self.accelerator.wait_for_everyone()
 
-    def _finish_checkpoint(self, directory: Path) -> None:
+    def _finish_checkpoint(self, path: Path, evaluated: bool) -> None:
         step = self.state.global_step
-        checkpoints.mark_complete(
-            directory / f"checkpoint-{step}",
-            step=step,
-            finished=self.control.should_training_stop or step >= self.state.max_steps,
-            plan=self.plan,
+        checkpoints.check_adapter(path, adapter_shapes(self.model))
+        ended = self.control.should_training_stop or step >= self.state.max_steps
+        checkpoints.complete(
+            path, step=step, finished=ended and evaluated, evaluated=evaluated, plan=self.plan
         )
-        best = checkpoints.best_step(self.state.log_history)
-        checkpoints.prune(directory, {step} if best is None else {step, best})
+        checkpoints.prune_to_best(path.parent, step, self.state.log_history)
+
+    # Reading
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(model or self.model, read_weights(Path(resume_from_checkpoint)))
@@ -81,87 +97,146 @@ class _AdapterTrainer:
         self._total_train_tokens = tokens_seen(self.state.log_history)
         return trained
 
+    def _sums(self) -> dict[str, Any]:
+        """What a line of metrics is going to be made of."""
+        return {
+            "loss": float(self._tr_loss),
+            "since_step": self._globalstep_last_logged,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "tokens": self._total_train_tokens,
+        }
 
-class SupervisedTrainer(_AdapterTrainer, SFTTrainer):  # type: ignore[misc]
+    def restore_sums(self, path: Path) -> None:
+        """Go on with the sums of a checkpoint, so that the next line is as if nothing had been."""
+        with suppress(FileNotFoundError):  # saved by another number of processes
+            sums = json.loads(self._sums_file(path).read_text(encoding="utf-8"))
+            self._tr_loss = torch.tensor(sums["loss"], device=self.args.device)
+            self._globalstep_last_logged = sums["since_step"]
+            self._metrics["train"].update(sums["metrics"])
+            self._total_train_tokens = sums["tokens"]
+
+    def _sums_file(self, path: Path) -> Path:
+        return path / f"sums_{self.args.process_index}.json"
+
+    @property
+    def _zero_stage(self) -> int:
+        plugin = self.accelerator.state.deepspeed_plugin
+        return int(plugin.zero_stage) if plugin is not None else 0
+
+    # Stopping
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers does; asked to stop, save first, and leave evaluations for later."""
+        if not self.stopped and self.stop.agreed(self.args.device):
+            self.stopped = self.control.should_save = True
+        began = time.perf_counter()
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        except EvaluationStoppedError:
+            self.stopped = True
+            self.control.should_evaluate = self.control.should_save = False
+            self._metrics["eval"].clear()
+            self.model.train()
+            self._save_checkpoint(self.model_wrapped, None, evaluated=False)
+        self.meter.paused(time.perf_counter() - began)
+        if self.stopped:
+            self.control.should_training_stop = True
+
+
+class SupervisedTrainer(AdapterTrainer, SFTTrainer):  # type: ignore[misc]
     """SFT on rows of `input_ids` and `labels`."""
 
     def __init__(self, *, model: Any, plan: Plan, **kwargs: Any) -> None:
-        with _weights_kept(model), _refusals_said("sft"):
+        with weights_kept(model), refusals_said("sft"):
             super().__init__(model=model, **kwargs)
-        self.plan = plan
-        self.remove_callback(PrinterCallback)
+        make_ready(self, plan)
 
 
-class PreferenceTrainer(_AdapterTrainer, DPOTrainer):  # type: ignore[misc]
-    """DPO on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`."""
+class PreferenceTrainer(AdapterTrainer, DPOTrainer):  # type: ignore[misc]
+    """DPO on rows of `prompt_ids`, `chosen_ids`, `rejected_ids` and the reference's sums."""
 
     def __init__(self, *, model: Any, plan: Plan, **kwargs: Any) -> None:
-        with _weights_kept(model), _refusals_said("dpo"):
+        with weights_kept(model), refusals_said("dpo"):
             super().__init__(model=model, **kwargs)
-        _copy_reference(model)
-        self.plan = plan
-        self.remove_callback(PrinterCallback)
+        drop_reference(model)
+        make_ready(self, plan)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
 
-    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-        # Called from TRL's constructor, before this class's own copy.
-        _copy_reference(self.model)
-        return super()._precompute_ref_logps(*args, **kwargs)
+    def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
 
     def check_start(self) -> None:
-        """Compare policy and reference on the first batch: before a step they are one model.
+        """Compare policy and reference on a few rows: before a step they are one model.
 
         Raises:
             MedtrainError: they differ by more than rounding.
         """
-        first = range(min(self.args.per_device_eval_batch_size, len(self.train_dataset)))
-        batch = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in first]))
-        policy, reference = self._log_probabilities(batch)
+        first = range(min(self.args.per_device_eval_batch_size, len(self.fed.dataset)))
+        inputs = self._prepare_inputs(self.fed.collate([self.fed.dataset[i] for i in first]))
+        reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        policy = self._log_probabilities(inputs)
         gap = float((policy - reference).abs().max())
-        # Sums over hundreds of tokens: float32 keeps 7 digits of them, bfloat16 autocast 3.
-        relative = 1e-5 if not (self.args.bf16 or self.args.fp16) else 1e-3
+        # Sums over hundreds of tokens: float32 keeps 7 digits of them, bfloat16 3.
+        relative = 1e-5 if self.model.dtype == torch.float32 else 1e-2
         allowed = relative * max(1.0, float(policy.abs().max()))
         if not gap <= allowed:
             raise MedtrainError(
                 f"DPO would start with a margin: policy and reference differ by {gap:.3g} nats "
-                f"on the first batch (rounding explains {allowed:.3g})",
-                fix="The SFT adapter was not loaded whole: train it again "
-                "(medtrain run CONFIG --force sft).",
+                f"on the first rows (rounding explains {allowed:.3g})",
+                fix="The reference belongs to another adapter, or the SFT adapter was not loaded "
+                "whole: medtrain run CONFIG --force reference, or --force sft.",
             )
 
-    def _log_probabilities(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log probabilities of the answers under policy and reference, (2 x batch,) each."""
-        model = self.accelerator.unwrap_model(self.model)
-        was_training = model.training
-        model.eval()
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        sums = []
-        for adapter in (_DEFAULT, _REFERENCE):
-            with torch.no_grad(), use_adapter(model, adapter), self.accelerator.autocast():
-                # A row at a time: the logits of a whole batch may be gigabytes.
-                rows = [
-                    _answer_log_probability(model, {key: inputs[key][i, None] for key in inputs},
-                                            labels[i])
-                    for i in range(len(labels))
-                ]  # fmt: skip
-            sums.append(torch.stack(rows))
-        model.train(was_training)
-        return sums[0], sums[1]
+    @torch.no_grad()
+    def _log_probabilities(self, inputs: Any) -> torch.Tensor:
+        """Log probabilities of the answers under the policy, (2 x rows,), without dropout."""
+        was_training = self.model.training
+        self.model.eval()
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        known = ("input_ids", "attention_mask", "packed")
+        with self.accelerator.autocast():
+            outputs = PackedForward(self.model)(
+                **{key: inputs[key] for key in known if key in inputs},
+                labels=labels, fused_lm_head=True, use_cache=False,
+            )  # fmt: skip
+        self.model.train(was_training)
+        sums: torch.Tensor = outputs.log_probs.float().sum(dim=1)
+        return sums
 
 
-def _answer_log_probability(
-    model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor
-) -> torch.Tensor:
-    """Log probability of one row's labelled tokens, in nats; inputs (1, seq), labels (seq,)."""
-    logits = model(**inputs, use_cache=False).logits[0, :-1].float()  # (seq - 1, vocab)
-    return -torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
+def make_ready(trainer: Any, plan: Plan) -> None:
+    """What all trainers need once TRL's constructor is through."""
+    trainer.plan = plan
+    trainer.remove_callback(PrinterCallback)
+    select_supervised(trainer.model.get_base_model().base_model)
+    if trainer._is_deepspeed and trainer._zero_stage == _STAGE3:
+        show_to_deepspeed(trainer.model)
+
+
+def show_to_deepspeed(model: Any) -> None:
+    """Tell ZeRO-3 which weights PEFT's token layers use that belong to a module inside them.
+
+    DeepSpeed gathers a module's own weights before it is called, and no others.
+    """
+    from deepspeed.zero import register_external_parameter
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            register_external_parameter(module, module.get_base_layer().weight)
+
+
+def drop_reference(model: Any) -> None:
+    """Remove the frozen copy of the adapter that TRL makes to compute the reference live."""
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")
+        model.set_adapter("default")
 
 
 @contextmanager
-def _weights_kept(model: Any) -> Iterator[None]:
+def weights_kept(model: Any) -> Iterator[None]:
     """Undo the cast to bfloat16 that TRL gives the trainable weights of a quantised model."""
     before = {name: parameter.data for name, parameter in trainable_parameters(model)}
     if not before:
@@ -176,7 +251,7 @@ def _weights_kept(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _refusals_said(stage: Trained) -> Iterator[None]:
+def refusals_said(stage: Trained) -> Iterator[None]:
     """What TRL's trainer refuses when it is made are combinations of settings."""
     try:
         yield
@@ -185,19 +260,6 @@ def _refusals_said(stage: Trained) -> Iterator[None]:
             f"TRL's trainer refuses the settings of {stage}: {str(error).splitlines()[0]}",
             fix=f"Look at {stage}.trainer, whose fields are passed on as they are.",
         ) from error
-
-
-def _copy_reference(model: Any) -> None:
-    """Make the adapter `ref` a frozen, exact copy of the adapter `default`."""
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        parts = name.split(".")
-        if _DEFAULT not in parts:
-            continue
-        twin = ".".join(_REFERENCE if part == _DEFAULT else part for part in parts)
-        reference = parameters[twin]
-        reference.data = parameter.data.detach().clone()
-        reference.requires_grad_(False)
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def test_trainer_fields_are_those_of_trl() -> None:
 
 
 def test_trainer_fields_of_the_wrong_type_are_refused() -> None:
-    extra = {"adam_epsilon": "small", "loss_type": "dft", "report_to": "wandb", "tf32": True,
+    extra = {"adam_epsilon": "small", "loss_type": "dft", "run_name": "mine", "tf32": True,
              "adam_beta1": 1, "bf16": True, "warmup_ratio": 0.1}  # fmt: skip
     message = problems_of(tree(sft={"trainer": extra}))
     assert message.startswith("3 problems")

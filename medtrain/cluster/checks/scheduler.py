@@ -103,7 +103,10 @@ def _array_limits(settings: Mapping[str, str], config: RunConfig) -> Finding:
     if size < 2:
         return failed("array limits", f"{shown}: no job arrays",
                       "Ask the administrator to set MaxArraySize.", **facts)  # fmt: skip
-    shards = max(s.num_shards for s in (config.generate, config.judge, config.evaluate))
+    shards = max(
+        *(s.num_shards for s in (config.generate, config.judge, config.evaluate)),
+        config.dpo.reference_shards,
+    )
     if shards > jobs:
         return warned("array limits", f"{shown}, but a stage has {shards:,} shards",
                       f"Set num_shards below {jobs:,}.", **facts)  # fmt: skip

@@ -1,0 +1,125 @@
+"""One training stage on this node's devices, from the decision to the error that is meant."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO, cast
+
+from medtrain.config import RunConfig
+from medtrain.console import Console
+from medtrain.errors import (
+    DEBUG_VARIABLE,
+    BadNodeError,
+    ConfigError,
+    MedtrainError,
+    TryAgainError,
+    from_exit_code,
+)
+from medtrain.launch import deepspeed_op, devices
+from medtrain.launch.command import Node, command, environment
+from medtrain.launch.meeting import Meeting, agreed
+from medtrain.launch.place import NodePlace
+from medtrain.launch.processes import Processes
+from medtrain.launch.strategy import DEEPSPEED, Chosen, choose, refuse
+from medtrain.launch.worker import IN_JOB_VARIABLE, STRATEGY_VARIABLE, begin, is_launched
+from medtrain.lineage import Lineage
+from medtrain.run import Run, Trained
+
+
+def launch(run: Run, config: RunConfig, stage: str, console: Console) -> bool:
+    """Train in processes of their own, to their end; False where this process is to train.
+
+    Raises:
+        ConfigError: what is asked for is known not to work here.
+        BadNodeError: this node lacks what it needs, or the nodes do not find each other.
+        MedtrainError: the processes' own error, or one that names their exit code.
+    """
+    if is_launched():
+        begin()
+        refuse(os.environ.get(STRATEGY_VARIABLE, "ddp"), config, on_gpu=devices.gpu_count() > 0)
+        return False
+    place = NodePlace.from_environment()
+    if place.nodes == 1 or (place.rank == 0 and IN_JOB_VARIABLE not in os.environ):
+        # An error of an earlier try must not pass for this one's; a job sees to that itself.
+        Lineage(run).forget_failure(stage)
+    try:
+        return _launch(run, config, cast("Trained", stage), console, place)
+    except MedtrainError as error:
+        if place.nodes > 1:
+            # Slurm's exit code of several tasks is that of the last one that was killed.
+            Lineage(run).record_failure(stage, error)
+        raise
+
+
+def _launch(
+    run: Run, config: RunConfig, stage: Trained, console: Console, place: NodePlace
+) -> bool:
+    gpus = devices.gpu_count()
+    node = Node(place, _processes(config, gpus), gpus)
+    chosen: Chosen | None = None
+
+    def decide() -> Chosen:
+        nonlocal chosen
+        chosen = choose(config, stage, gpus=node.total if gpus else 0)
+        return chosen
+
+    with agreed(run, stage, place, lambda: decide().strategy) as meeting:
+        if chosen is not None and (node.gpus or node.total > 1):
+            _say(chosen, stage, node, console)
+        if node.gpus == 0 and node.total == 1 and meeting.strategy == "ddp":
+            return False
+        _run(run, config, stage, console, node, meeting)
+    return True
+
+
+def _say(chosen: Chosen, stage: str, node: Node, console: Console) -> None:
+    message = f"{stage}: {chosen.strategy} on {node.total} processes ({chosen.reason})"
+    fields = {"stage": stage, "strategy": chosen.strategy, "processes": node.total}
+    if chosen.fits:
+        console.event("strategy", message, **fields)
+    else:
+        console.warn("strategy", message, **fields)
+
+
+def _processes(config: RunConfig, gpus: int) -> int:
+    """On this node."""
+    wanted = config.train.processes
+    processes = (gpus or 1) if wanted == "auto" else wanted
+    if gpus and processes > gpus:
+        raise BadNodeError(
+            f"train.processes is {processes}, but this machine shows {gpus} GPUs",
+            fix="Set train.processes=auto, or look at CUDA_VISIBLE_DEVICES.",
+        )
+    return processes
+
+
+def _run(
+    run: Run, config: RunConfig, stage: Trained, console: Console, node: Node, meeting: Meeting
+) -> None:
+    started = command(config, stage, run.config, node, meeting)
+    surroundings = {**environment(node, meeting), **run.lock_environment()}
+    if node.gpus == 0 and meeting.strategy in DEEPSPEED:
+        deepspeed_op.build(surroundings)
+    console.event("launch", f"{stage}: {' '.join(started[1:])}", stage=stage)
+    rank = node.place.rank
+    log = run.logs / (f"{stage}.launch.{rank}.log" if rank else f"{stage}.launch.log")
+    with log.open("wb") as said:
+        stderr: IO[bytes] | None = None if DEBUG_VARIABLE in os.environ else said
+        processes = Processes(started, surroundings, stderr)
+        code = processes.run()
+    if code:
+        raise _error(run, stage, code, log, processes.were_asked_to_stop)
+
+
+def _error(run: Run, stage: str, code: int, log: Path, stopped: bool) -> MedtrainError:
+    failure = Lineage(run).failure(stage)
+    if failure is not None:
+        return from_exit_code(failure["exit_code"], failure["message"], failure["fix"])
+    again = f"`medtrain run {run.config}` goes on from the last checkpoint."
+    if stopped:
+        return TryAgainError(f"{stage} was stopped before it had begun to train", fix=again)
+    return MedtrainError(
+        f"The {stage} processes ended with exit code {code}",
+        fix=f"What they said is in {log}. {again}",
+    )

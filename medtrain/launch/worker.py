@@ -1,0 +1,90 @@
+"""The other end of a launch: what a training process does before anything else.
+
+It ends with whoever started it, however that ends, and knows its strategy also where a person
+started it with `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from medtrain.errors import MedtrainError
+from medtrain.launch.strategy_files import strategy_named
+
+IN_JOB_VARIABLE = "MEDTRAIN_IN_JOB"
+"""Set where a job of the run has started this process, so that the run's jobs are no strangers."""
+LAUNCHER_VARIABLE = "MEDTRAIN_LAUNCHER_PID"
+"""Names the process of medtrain's launcher."""
+STRATEGY_VARIABLE = "MEDTRAIN_STRATEGY"
+"""How weights, gradients and state lie on the devices; not set: one process, or DDP."""
+
+# Of one process, accelerate sets no rank.
+_LAUNCHED = ("LOCAL_RANK", "RANK", "ACCELERATE_MIXED_PRECISION", LAUNCHER_VARIABLE)
+_PR_SET_PDEATHSIG = 1
+
+
+def is_launched() -> bool:
+    """Whether a launcher (ours, accelerate, torchrun, deepspeed) started this process."""
+    return any(variable in os.environ for variable in _LAUNCHED)
+
+
+def begin() -> None:
+    """Settle what a launched process depends on.
+
+    Raises:
+        MedtrainError: the launcher has ended already.
+    """
+    strategy = strategy_of_accelerate()
+    if strategy is not None:
+        os.environ.setdefault(STRATEGY_VARIABLE, strategy)
+    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    if launcher is not None:
+        end_with_parent(signal.SIGKILL)
+        parent = os.getppid()
+        # torchrun may stand between. Whoever ended before the line above sent no signal.
+        if int(launcher) not in (parent, _parent_of(parent)):
+            raise MedtrainError("The launcher of this process has ended")
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when the thread that started it ends.
+
+    A launcher that is killed cannot end its processes, which would hold their GPUs and wait for
+    each other; torchrun starts them in sessions of their own, so that no terminal ends them either.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+
+
+def _parent_of(process: int) -> int | None:
+    with suppress(OSError):
+        # `pid (name) state ppid …`: a name may hold blanks and brackets.
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        return int(stat.rpartition(")")[2].split()[1])
+    return None
+
+
+def strategy_of_accelerate() -> str | None:
+    """The strategy that accelerate's launcher was told, from its variables; None without one.
+
+    Raises:
+        ConfigError: it is one that medtrain does not know.
+    """
+    environment = os.environ
+    if environment.get("ACCELERATE_USE_FSDP") == "true":
+        return strategy_named("FSDP", {"fsdp_version": environment.get("FSDP_VERSION", "1")})
+    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        names = ("ZERO_STAGE", "OFFLOAD_PARAM_DEVICE", "CONFIG_FILE")
+        given = {name: environment.get(f"ACCELERATE_DEEPSPEED_{name}") for name in names}
+        fields = {
+            "zero_stage": given["ZERO_STAGE"],
+            "offload_param_device": given["OFFLOAD_PARAM_DEVICE"],
+            "deepspeed_config_file": given["CONFIG_FILE"],
+        }
+        return strategy_named("DEEPSPEED", fields)
+    return None
