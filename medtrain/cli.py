@@ -214,7 +214,7 @@ def _run_stages(
     workers: int | None = None,
 ) -> None:
     from medtrain.console import Console, quiet_libraries
-    from medtrain.launcher import IN_JOB_VARIABLE
+    from medtrain.launch import IN_JOB_VARIABLE
     from medtrain.pipeline import run_stages
 
     loaded, a_run = load(config, overrides)

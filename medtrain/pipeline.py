@@ -15,13 +15,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from medtrain import launcher, stages
+from medtrain import stages
 from medtrain.config import RunConfig, dump_config
 from medtrain.console import Console, is_rank_zero
 from medtrain.endpoint import key_from_environment, load_secrets
 from medtrain.errors import ConfigError, DataError, MedtrainError, as_medtrain_error
 from medtrain.files import write_json, write_text
 from medtrain.inputs import anchored, portable
+from medtrain.launch import launch
 from medtrain.lineage import Fingerprint, Lineage, Standing, choose, flatten, versions
 from medtrain.run import Run
 from medtrain.selection import Selection
@@ -196,14 +197,7 @@ class Pipeline:
         elif standing.state == "done":
             self._say_skipped(stage)
             return
-        command = (
-            launcher.launch_command(self.config, stage.name, self.run.config)
-            if stage.trains
-            else None
-        )
-        if command is not None:
-            launcher.launch(self.run, command, stage.name, self.console)
-        else:
+        if not (stage.trains and launch(self.run, self.config, stage.name, self.console)):
             self._run_here(stage, fingerprint, standing, drive)
 
     def _run_here(

@@ -269,10 +269,10 @@ STAGES: tuple[Stage, ...] = (
         wanted=lambda config: config.dpo.needs_reference,
         phases=(
             PhaseRow(
-                "log_probs",
-                "medtrain.train.reference:phase_of_log_probs",
+                "sums",
+                "medtrain.train.reference:phase_of_sums",
                 "reference",
-                lambda config: _each_shard([("log_probs",)], config.dpo.reference_shards),
+                lambda config: _each_shard([("sums",)], config.dpo.reference_shards),
             ),
         ),
     ),

@@ -21,13 +21,14 @@ from tests.small_run import medtrain, write_config
 
 ARTEFACTS = (
     "data", "sft/adapter", "sft/merged", "generate/candidates.jsonl", "judge/verdicts.jsonl",
-    "preferences.jsonl", "pairs", "dpo/adapter", "dpo/merged", "evaluate/base/answers.jsonl",
+    "preferences.jsonl", "pairs", "dpo/reference.jsonl", "dpo/adapter", "dpo/merged",
+    "evaluate/base/answers.jsonl",
     "evaluate/sft/answers.jsonl", "evaluate/dpo/answers.jsonl", "evaluate/scores.json",
     "evaluate/rows.jsonl", "report/report.json",
 )  # fmt: skip
 STAGE_NAMES = (
-    "prepare", "sft", "merge-sft", "generate", "judge", "pairs", "dpo", "merge-dpo", "evaluate",
-    "report",
+    "prepare", "sft", "merge-sft", "generate", "judge", "pairs", "reference", "dpo", "merge-dpo",
+    "evaluate", "report",
 )  # fmt: skip
 
 
@@ -117,7 +118,8 @@ def test_a_changed_setting_reruns_what_depends_on_it_and_says_why(copy: tuple[Pa
     started = [e["stage"] for e in events(result.stdout, "stage_start")]
     assert started[:2] == ["dpo", "merge-dpo"]
     assert "evaluate" in started
-    assert not {"prepare", "sft", "merge-sft", "generate", "judge", "pairs"} & set(started)
+    before = {"prepare", "sft", "merge-sft", "generate", "judge", "pairs", "reference"}
+    assert not before & set(started)
     assert "dpo.beta 0.1 → 0.3" in result.stdout
     assert (run.root / "superseded" / "dpo" / "adapter").is_dir()
 
@@ -125,7 +127,7 @@ def test_a_changed_setting_reruns_what_depends_on_it_and_says_why(copy: tuple[Pa
 def test_settings_that_change_no_result_rerun_nothing(copy: tuple[Path, Run]) -> None:
     config, _ = copy
     result = medtrain("run", config, "judge.concurrency=2", "generate.num_shards=3",
-                      "evaluate.batch_size=4", "sft.log_every=3")  # fmt: skip
+                      "evaluate.batch_size=4", "sft.log_every=3", "dpo.reference_shards=2")  # fmt: skip
     assert events(result.stdout, "stage_start") == []
 
 
@@ -314,7 +316,7 @@ def test_sigkill_at_random_moments_ends_in_the_same_artefacts(
     run, chance = Run(runs / "small"), random.Random(11)
     command = [sys.executable, "-m", "medtrain", "run", str(killed)]
     # A moment in each of these stages, and between them.
-    for stage in ("sft", "generate", "dpo", "evaluate"):
+    for stage in ("sft", "generate", "reference", "dpo", "evaluate"):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         started = run.stages / f"{stage}.started.json"
         while process.poll() is None and not started.exists():

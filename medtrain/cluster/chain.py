@@ -6,7 +6,7 @@ it, runs the stages between, and opens the array after it. A job waits for the o
 its success, or, where that is an array, for its end, because missing shards are repaired.
 
     prepare → sft → merge-sft + open → [candidates] → collect + open → [verdicts] → collect, pairs,
-    open → [log_probs] → collect → dpo → merge-dpo + open → [answers] → collect + open → [verdicts]
+    open → [sums] → collect → dpo → merge-dpo + open → [answers] → collect + open → [verdicts]
     → collect, evaluate, report
 """
 

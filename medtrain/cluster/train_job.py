@@ -1,8 +1,8 @@
 """What slurm/train.sbatch runs on a job's first node: one task a node, and the job's own exit code.
 
-srun → `medtrain STAGE CONFIG` on every node, which starts that node's processes (launcher.py) →
-exit code. USR1 (time is running out) and TERM end the step and have the job queued again; so does a
-training that itself ends with 75.
+srun → `medtrain STAGE CONFIG` on every node, which starts that node's processes (medtrain.launch) →
+exit code. USR1 (time is running out) and TERM are passed on to the tasks, whose processes save
+together and end with 75; then the job is queued again, unless the training got done in that time.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from types import FrameType
+from typing import NamedTuple
 
 from medtrain.cluster.requeue import requeue
 from medtrain.cluster.steps import failure_noted
@@ -22,13 +22,17 @@ from medtrain.config import RunConfig
 from medtrain.console import Console
 from medtrain.endpoint import load_secrets
 from medtrain.errors import MedtrainError, TryAgainError, from_exit_code
-from medtrain.launcher import IN_JOB_VARIABLE
+from medtrain.launch import IN_JOB_VARIABLE
 from medtrain.lineage import Lineage
 from medtrain.pipeline import Pipeline
 from medtrain.run import Run
 from medtrain.stages import by_name
 
-_STEP_STOPS_WITHIN_S = 60.0
+_STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+_UNSAVED = {
+    "message": "The training was stopped before it had saved",
+    "fix": "It goes on from its last checkpoint.",
+}
 
 
 class _TimeIsOverError(BaseException):
@@ -54,18 +58,15 @@ def train_job(run: Run, config: RunConfig, stage: str, arguments: Sequence[str])
         Pipeline(run, config, Console(quiet=True)).check_before(by_name(stage))
     environment = {**os.environ, IN_JOB_VARIABLE: "1"}
     step = subprocess.Popen(srun_command(config, [stage, *arguments]), env=environment)
-    code = _wait(step)
-    if code is None:
-        requeue(config.cluster.max_requeues)
-        raise TryAgainError(f"{stage} was stopped before its time limit; it goes on from its last "
-                            "checkpoint")  # fmt: skip
-    if code == 0:
+    ended = _wait(step, config.cluster.signal_delay_s)
+    if ended.code == 0:
         return
     # srun reports the highest code of its tasks, and a task that was killed because another one
     # failed has a high one.
     failure = Lineage(run).failure(stage)
-    if failure is not None:
-        code = failure["exit_code"]
+    code = ended.code if failure is None else failure["exit_code"]
+    if failure is None and ended.was_told:
+        failure, code = _UNSAVED, TryAgainError.exit_code
     if code in (TryAgainError.exit_code, 128 + signal.SIGTERM):
         requeue(config.cluster.max_requeues)
     if failure is not None:
@@ -86,25 +87,33 @@ def srun_command(config: RunConfig, arguments: Sequence[str]) -> list[str]:
     return [*command, cluster.python or sys.executable, "-m", "medtrain", *arguments]
 
 
-def _wait(step: subprocess.Popen[bytes]) -> int | None:
-    """The step's exit code; None where this job was told to stop, and the step has been stopped."""
+class _Ended(NamedTuple):
+    """How a job step came to its end."""
+
+    code: int
+    was_told: bool
+    """This job was told to stop while the step ran."""
+
+
+def _wait(step: subprocess.Popen[bytes], save_s: float) -> _Ended:
+    """The step's end; told to stop, it has `save_s` seconds, which is about what the job has."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise _TimeIsOverError
 
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    for number in _STOP_SIGNALS:
         signal.signal(number, stop)
     try:
-        return step.wait()
+        return _Ended(step.wait(), was_told=False)
     except _TimeIsOverError:
-        for number in (signal.SIGUSR1, signal.SIGTERM):
+        for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        for end in (step.terminate, step.kill):
-            end()
-            with suppress(subprocess.TimeoutExpired):
-                step.wait(_STEP_STOPS_WITHIN_S)
-                break
-        return None
+    step.terminate()  # srun passes it on to its tasks
+    try:
+        return _Ended(step.wait(save_s), was_told=True)
+    except subprocess.TimeoutExpired:
+        step.kill()
+        return _Ended(step.wait(), was_told=True)
 
 
 def _other(stage: str, code: int) -> MedtrainError:

@@ -6,21 +6,22 @@ such.
 
 A frozen model of N parameters costs 2 N FLOPs a token forward and 2 N for the gradients of its
 inputs (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, section 2.1, without the 2 N of weight
-gradients: only the adapter has those); activation checkpointing adds one more forward. DPO also has
-the reference read both answers.
+gradients: only the adapter has those); activation checkpointing adds one more forward. What the
+reference of DPO makes of both answers is computed once, before it, by an array of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import comb
+from math import ceil, comb
 from typing import Any, Literal
 
 from medtrain.config import JudgeConfig, RunConfig
 from medtrain.errors import DataError
 from medtrain.evaluate.judging import protocols, variant_pairs
 from medtrain.files import read_json
+from medtrain.memory import sides_of
 from medtrain.run import Run, Trained
 
 _RULES_TOKENS = 450
@@ -105,20 +106,48 @@ def _least(*limits: int | None) -> int | None:
     return min(known) if known else None
 
 
-def trained_tokens(config: RunConfig, sizes: Sizes, stage: Trained, gpus: int) -> float | None:
-    """Tokens that a training reads, over all epochs and GPUs; a pair's are those of both sides."""
+@dataclass(frozen=True, slots=True)
+class TrainingLoad:
+    """What a training reads."""
+
+    rows: int | None
+    """Rows, or pairs; None where nobody knows yet."""
+    rows_a_step: int
+    steps: int | None
+    tokens: float | None
+    """Over all epochs and processes; a pair's are those of both sides."""
+
+
+def training_load(config: RunConfig, sizes: Sizes, stage: Trained, processes: int) -> TrainingLoad:
+    """What a training stage reads with so many processes."""
+    section = config.sft if stage == "sft" else config.dpo
+    rows_a_step = section.batch_size * section.gradient_accumulation * max(1, processes)
+    all_rows = sizes.train if stage == "sft" else _preferences(sizes)
+    rows = None if all_rows is None else round(all_rows * (1 - section.validation_fraction))
+    steps = section.max_steps
+    if steps is None and rows is not None:
+        steps = ceil(section.epochs * max(1, ceil(rows / rows_a_step)))
+    if section.max_steps is not None:
+        read: float | None = float(section.max_steps * rows_a_step)
+    else:
+        read = None if rows is None else rows * section.epochs
+    a_row = _row_tokens(config, sizes, stage)
+    return TrainingLoad(rows, rows_a_step, steps, None if read is None else read * a_row)
+
+
+def reference_tokens(config: RunConfig, sizes: Sizes) -> float | None:
+    """Tokens of all pairs, which DPO's reference reads once."""
+    pairs = _preferences(sizes)
+    return None if pairs is None else pairs * _row_tokens(config, sizes, "dpo")
+
+
+def _row_tokens(config: RunConfig, sizes: Sizes, stage: Trained) -> float:
+    """Of a row that is trained on; of a pair, those of both sides."""
     section = config.sft if stage == "sft" else config.dpo
     answer = sizes.row_tokens - sizes.prompt_tokens
     if stage == "dpo":
         answer = max(answer, config.generate.max_new_tokens) if sizes.prompts != 0 else answer
-    a_row = min(section.max_length, sizes.prompt_tokens + answer) * (2 if stage == "dpo" else 1)
-    if section.max_steps is not None:
-        a_step = section.batch_size * section.gradient_accumulation * max(1, gpus)
-        return section.max_steps * a_step * a_row
-    rows = sizes.train if stage == "sft" else _preferences(sizes)
-    return (
-        None if rows is None else rows * (1 - section.validation_fraction) * section.epochs * a_row
-    )
+    return min(section.max_length, sizes.prompt_tokens + answer) * sides_of(config, stage)
 
 
 def _preferences(sizes: Sizes) -> int | None:
@@ -126,11 +155,9 @@ def _preferences(sizes: Sizes) -> int | None:
     return None if sizes.prompts is None else sizes.prompts + sizes.ready
 
 
-def flops_a_token(config: RunConfig, stage: Trained, parameters: float) -> float:
+def flops_a_token(parameters: float, *, checkpointing: bool) -> float:
     """FLOPs of training on a token."""
-    section = config.sft if stage == "sft" else config.dpo
-    passes = 4 if section.activation_checkpointing is False else 6
-    return (passes + (2 if stage == "dpo" else 0)) * parameters
+    return (6 if checkpointing else 4) * parameters
 
 
 @dataclass(frozen=True, slots=True)

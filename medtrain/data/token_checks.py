@@ -71,7 +71,15 @@ class TokenCounts:
             "p95": int(np.percentile(lengths, 95, method="inverted_cdf")),
             "max": int(lengths.max()),
             "truncated_rows": self.truncated,
+            "histogram": _histogram(lengths),
         }
+
+
+def _histogram(lengths: np.ndarray) -> dict[str, Any]:
+    """Rows by length: `rows[i]` have more than `i` and up to `i + 1` times `width` tokens."""
+    width = max(1, math.ceil(int(lengths.max()) / HISTOGRAM_BINS))
+    bins = np.bincount((np.maximum(lengths, 1) - 1) // width)
+    return {"width": width, "rows": bins.tolist()}
 
 
 class TokenChecks:

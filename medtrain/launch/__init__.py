@@ -3,12 +3,12 @@
 place of this node (place.py) + devices in sight (devices.py) + the strategy that fits them, or a
 refusal (strategy.py) → what all nodes agree on before they start (meeting.py) → a command and its
 environment (command.py) → run to its end, which may be a save and exit 75 because somebody asked
-for it (processes.py); launch.py joins them. The processes at the other end begin in worker.py.
+for it (processes.py); stage.py joins them. The processes at the other end begin in worker.py.
 
 Launchers turn every exit code into 1: processes leave their error in stages/<stage>.failure.json.
 """
 
-from medtrain.launch.launch import launch
+from medtrain.launch.stage import launch
 from medtrain.launch.worker import IN_JOB_VARIABLE, is_launched
 
 __all__ = ["IN_JOB_VARIABLE", "is_launched", "launch"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +21,14 @@ from medtrain.launch.strategy import DEEPSPEED, config_file
 from medtrain.launch.worker import LAUNCHER_VARIABLE, STRATEGY_VARIABLE
 
 # Of an outer launcher or MPI: accelerate, torch and DeepSpeed would take its ranks, addresses and
-# sizes for ours. Slurm's bindings of this task to cores: children would all be bound to its first
-# ones, or slowed down by a binding that srun already made. PMI: libraries that find it look for an
-# MPI job. What users set themselves (NCCL_*, GLOO_*, PET_*, OMP_*) stays.
-_DROPPED = ("SLURM_CPU_BIND", "SLURM_MEM_BIND", "PMI_", "PMIX_", "PMI2_", "OMPI_", "MPI_", "MV2_",
-            "TORCHELASTIC_", "ACCELERATE_", "FSDP_", "MASTER_ADDR", "MASTER_PORT", "RANK",
-            "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
-            "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE")  # fmt: skip
+# sizes for ours, and libraries that find PMI look for an MPI job. Slurm's bindings of this task:
+# srun has made them already, and a child that makes them again shares its first cores with all
+# others. What users set for themselves (NCCL_*, GLOO_*, PET_*, OMP_*) stays.
+_DROPPED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
+            "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE",
+            "DS_ACCELERATOR")  # fmt: skip
+_DROPPED_PREFIXES = ("SLURM_CPU_BIND", "SLURM_MEM_BIND", "PMI_", "PMI2_", "PMIX_", "OMPI_", "MPI_",
+                     "MV2_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")  # fmt: skip
 
 
 class Node(NamedTuple):
@@ -44,11 +46,15 @@ class Node(NamedTuple):
         return self.place.nodes * self.processes
 
 
-def command(
-    config: RunConfig, stage: str, config_path: Path, node: Node, meeting: Meeting
-) -> list[str]:
-    """The command that starts this node's processes."""
-    program = ["-m", "medtrain", stage, str(config_path)]
+def command(config: RunConfig, program: Sequence[str], node: Node, meeting: Meeting) -> list[str]:
+    """The command that starts this node's processes.
+
+    Args:
+        config: the run's.
+        program: what each process is to run, in arguments of python: a script, or `-m` and a name.
+        node: what is started here.
+        meeting: what the nodes have agreed on.
+    """
     if meeting.strategy == "ddp" and not (node.gpus and config.train.accelerate_config):
         if node.total == 1:
             return [sys.executable, *program]
@@ -106,5 +112,4 @@ def _rendezvous(place: NodePlace) -> dict[str, str]:
 
 
 def _is_dropped(name: str) -> bool:
-    return any(name == mark or (mark.endswith("_") and name.startswith(mark)) or
-               (mark.endswith("_BIND") and name.startswith(mark)) for mark in _DROPPED)  # fmt: skip
+    return name in _DROPPED or name.startswith(_DROPPED_PREFIXES)

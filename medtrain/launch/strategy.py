@@ -13,7 +13,7 @@ from typing import NamedTuple
 from medtrain.config import RunConfig
 from medtrain.config.training import Strategy
 from medtrain.errors import ConfigError
-from medtrain.launch.devices import gpu_bytes
+from medtrain.launch import devices
 from medtrain.launch.strategy_files import strategy_file, strategy_of_file
 from medtrain.run import Trained
 
@@ -70,8 +70,14 @@ def _cheapest(config: RunConfig, stage: Trained, gpus: int) -> Chosen:
         return Chosen("ddp", "on CPUs nothing is sharded unless train.strategy says so")
     from medtrain.memory import architecture_of, choose_strategy
 
+    gpu = devices.look_at_gpus()
     choice = choose_strategy(
-        config, stage, gpus=gpus, gpu_bytes=gpu_bytes(), architecture=architecture_of(config)
+        config,
+        stage,
+        gpus=gpus,
+        gpu_bytes=gpu.bytes,
+        architecture=architecture_of(config),
+        auto_bytes=2 if gpu.has_bfloat16 else 4,
     )
     return Chosen(choice.strategy, choice.reason, choice.fits)
 

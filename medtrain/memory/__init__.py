@@ -8,7 +8,7 @@ counts what a training really takes, to hold the estimate against it.
 from medtrain.memory.architecture import Architecture, architecture_of
 from medtrain.memory.choose import Choice, choose_strategy
 from medtrain.memory.estimate import Estimate, estimate
-from medtrain.memory.work import Work, work_of
+from medtrain.memory.work import Work, sides_of, work_of
 
 __all__ = [
     "Architecture",
@@ -18,5 +18,6 @@ __all__ = [
     "architecture_of",
     "choose_strategy",
     "estimate",
+    "sides_of",
     "work_of",
 ]

@@ -38,12 +38,13 @@ _SHARDED: dict[Strategy, frozenset[str]] = {
     "ddp": frozenset(),
     "zero2": frozenset({"gradients", "optimizer"}),
     "zero3": frozenset({"weights", "adapter", "gradients", "optimizer"}),
-    "zero3-offload": frozenset(),
+    "zero3-offload": frozenset({"gradients", "optimizer"}),
     "fsdp2": frozenset({"weights", "adapter", "gradients", "optimizer"}),
 }
 _OFFLOADED: dict[Strategy, frozenset[str]] = {
-    "zero3-offload": frozenset({"weights", "adapter", "gradients", "optimizer"}),
+    "zero3-offload": frozenset({"weights", "adapter"}),
 }
+"""Waiting in main memory; what is gathered of it comes to the GPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,9 +68,9 @@ def _adapters_a_token(architecture: Architecture, work: Work) -> float:
 
 
 def working_a_token(architecture: Architecture, work: Work) -> float:
-    """What a layer needs beside what it keeps, in its MLP's backward pass: the gradients of the
-    product and of its two factors, and of the layer's output."""
-    return (3 * architecture.intermediate + 2 * architecture.hidden) * work.dtype_bytes
+    """What a layer needs beside what it keeps, in its MLP's backward pass: gradients of the
+    product's factors, which take the place of what is kept one by one, and of the layer's output."""
+    return (2 * architecture.intermediate + 2 * architecture.hidden) * work.dtype_bytes
 
 
 def forward_a_token(architecture: Architecture, work: Work) -> float:

@@ -105,7 +105,7 @@ def why_not_whole(path: Path) -> str | None:
 
 def newest_whole(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint of the highest step that is whole, and why newer ones are not."""
-    refused = []
+    refused: list[str] = []
     for step, path in sorted(
         ((step, path) for path, step in _checkpoints(directory)), reverse=True
     ):

@@ -1,8 +1,8 @@
 """Direct preference optimisation: the SFT adapter learns to prefer the better answers.
 
 preference pairs and the reference's log probabilities of them → token ids → the base as in SFT, the
-SFT adapter on it, trainable → checked: before a step, policy and reference agree → TRL's DPOTrainer →
-dpo/adapter and logs/dpo.metrics.jsonl.
+SFT adapter on it, trainable → checked: before a step, policy and reference agree → TRL's DPOTrainer
+→ dpo/adapter and logs/dpo.metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -42,14 +42,16 @@ def train_dpo(run: Run, config: RunConfig, console: Console) -> dict[str, Any]:
     plan = make_plan(config.dpo, len(rows.train), strategy_here())
     fit = Fit(run, config, "dpo", chat, plan, console)
     with fit.stop.listening():
+        # Before the settings, which tell libraries of DeepSpeed: it shards a model that is whole.
         base = load_base(
             run, config, chat, quantized=config.model.quantization == "nf4", packed=packed
         )
+        model = attach_adapter(base, run.adapter("sft"), trainable=True)
         settings = dpo_settings(
             run, config, plan, validated=rows.validation is not None, console=console
         )
         trainer = PreferenceTrainer(
-            model=attach_adapter(base, run.adapter("sft"), trainable=True),
+            model=model,
             plan=plan,
             args=settings,
             train_dataset=rows.train.dataset,

@@ -103,8 +103,8 @@ class Fit:
                 )
                 return True
             raise ConfigError(
-                f"{self.stage} was begun by {then.processes} processes under {then.strategy}, whose "
-                f"optimiser state {now.processes} under {now.strategy} cannot read",
+                f"{self.stage} was begun by {then.processes} processes under {then.strategy}, and "
+                f"{now.processes} under {now.strategy} cannot read their optimiser state",
                 fix=f"Go on with train.strategy={then.strategy} and as many processes, or begin "
                 f"anew: --force {self.stage}.",
             )

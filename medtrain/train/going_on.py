@@ -1,8 +1,8 @@
 """The moment in which a resumed training stands as it stood when its checkpoint was written.
 
-model, optimiser and schedule loaded by the trainer → the sums of the metrics since their last line →
-an evaluation that was due and was interrupted, done now and added to the checkpoint → nothing left to
-train, or on.
+model, optimiser and schedule loaded by the trainer → the sums of the metrics since their last line
+→ an evaluation that was due and was interrupted, done now and added to the checkpoint → nothing
+left to train, or on.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a loss or a gradient that is no number does: a few are left out, more stop the training.
 
-loss of a forward pass → finite in all processes? → else the pass counts for nothing: its loss is that
-of the last good one times zero, so that gradients are zeros and every process still takes part in
-what the others do. A loss far above those before it counts as bad too, but is not left out. After
-`max_bad_batches` training stops and names the rows.
+loss of a forward pass → finite in all processes? → else the pass counts for nothing: its loss is
+that of the last good one times zero, so that gradients are zeros and every process still takes part
+in what the others do. A loss far above those before it counts as bad too, but is not left out.
+After `max_bad_batches` training stops and names the rows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a process reads in every optimiser step: its forward passes, as tensors.
 
-dataset of token ids + `BatchPlan` → this process's rows of a step → padded tensors for TRL's losses,
-and where the tokens lie in one sequence (medtrain.train.packed) → `StepBatch`. Padding of the tensors
-is a few integers; what is computed of it is up to the forward pass.
+dataset of token ids + `BatchPlan` → this process's rows of a step → padded tensors for TRL's
+losses, and where the tokens lie in one sequence (medtrain.train.packed) → `StepBatch`. Padding of
+the tensors is a few integers; what is computed of it is up to the forward pass.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def supervised_batch(pad_token_id: int, *, packed: bool) -> Collate:
 
 
 def preference_batch(pad_token_id: int, *, packed: bool) -> Collate:
-    """Collate preference pairs for DPOTrainer's loss: the chosen answers, then the rejected ones."""
+    """Collate preference pairs for DPOTrainer's loss: chosen answers, then the rejected ones."""
 
     def collate(rows: Sequence[dict[str, Any]]) -> Inputs:
         answers = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids")

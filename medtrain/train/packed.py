@@ -1,12 +1,12 @@
 """Rows side by side without padding: what a forward pass of several rows really computes.
 
-a padded batch (rows, length), as TRL's losses want it → its tokens as one sequence (1, tokens), each
-row at positions of its own and attending to itself alone → hidden states → TRL's fused output layer
-at the supervised positions only → what it returns, put back into (rows, length - 1). The losses do
-not notice: a packed step learns exactly what a padded one does.
+a padded batch (rows, length), as TRL's losses want it → its tokens as one sequence (1, tokens),
+each row at positions of its own and attending to itself alone → hidden states → TRL's fused output
+layer at the supervised positions only → what it returns, put back into (rows, length - 1). The
+losses do not notice: a packed step learns exactly what a padded one does.
 
-Rows are kept apart by an attention function of our own, which runs PyTorch's causal attention row by
-row, or by flash attention's variable-length kernels.
+Rows are kept apart by an attention function of our own, which runs PyTorch's causal attention row
+by row, or by flash attention's variable-length kernels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KEEPS_ROWS_APART = frozenset({
     "llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "smollm3", "olmo2", "granite", "cohere",
     "starcoder2", "stablelm", "helium", "glm", "glm4", "ministral",
 })  # fmt: skip
-"""Architectures whose only way to mix tokens is attention through transformers' interface, and whose
+"""Architectures that mix tokens by attention through transformers' interface alone, and whose
 positions come from `position_ids`."""
 
 
@@ -70,8 +70,8 @@ def pack(attention_mask: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
 
     Returns:
         `flat`: (tokens,) places of the tokens in the flattened batch; `position_ids`: (1, tokens);
-        `supervised`: (n,) places in the sequence whose next token has a loss; `scored`: (1, n) those
-        next tokens; `target`: (n,) where their results go in a flattened (rows, length - 1);
+        `supervised`: (n,) places in the sequence whose next token has a loss; `scored`: (1, n)
+        those next tokens; `target`: (n,) where their results go in a flattened (rows, length - 1);
         `row_lengths`: tokens of each row.
     """
     length = attention_mask.shape[1]
@@ -175,18 +175,20 @@ def _packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each row; (1, heads, tokens, head size) → (1, tokens, heads, …)."""
     if row_lengths is None:
-        return sdpa_attention_forward(
+        attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )  # type: ignore[no-any-return]
+        )
+        return attended
     grouped = key.shape[1] != query.shape[1]
-    rows = zip(*(part.split(list(row_lengths), dim=2) for part in (query, key, value)), strict=True)
-    attended = [
+    sizes = list(row_lengths)
+    rows = zip(*(torch.split(part, sizes, dim=2) for part in (query, key, value)), strict=True)
+    each = [
         torch.nn.functional.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped
         )
         for q, k, v in rows
     ]
-    return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(each, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _packed_mask(*args: Any, **kwargs: Any) -> Any:

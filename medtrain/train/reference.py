@@ -44,7 +44,7 @@ def compute_reference(
         ConfigError: the GPU is too small.
         MedtrainError: a pair ended its process again and again.
     """
-    with phase_of_log_probs(run, config) as phase:
+    with phase_of_sums(run, config) as phase:
         if phase.sets:
             drive(phase, console)
         else:
@@ -53,16 +53,16 @@ def compute_reference(
 
 
 @contextmanager
-def phase_of_log_probs(run: Run, config: RunConfig) -> Iterator[Phase]:
+def phase_of_sums(run: Run, config: RunConfig) -> Iterator[Phase]:
     """The phase of `reference`: one shard set, or none where there are no pairs."""
     chat = load_chat_tokenizer(run)
     requests = _requests(run, config, chat)
     if not requests:
-        yield Phase("log_probs", ())
+        yield Phase("sums", ())
         return
     model = _Reference(run, config, chat)
     shard_set = ShardSet(
-        key="log_probs",
+        key="sums",
         title="reference",
         directory=run.reference_shards,
         requests=requests,
@@ -73,7 +73,7 @@ def phase_of_log_probs(run: Run, config: RunConfig) -> Iterator[Phase]:
         num_shards=config.dpo.reference_shards,
         release=model.release,
     )
-    with closing_sets(Phase("log_probs", (shard_set,))) as phase:
+    with closing_sets(Phase("sums", (shard_set,))) as phase:
         yield phase
 
 

@@ -38,15 +38,16 @@ def train_sft(run: Run, config: RunConfig, console: Console) -> dict[str, Any]:
     plan = make_plan(config.sft, len(rows.train), strategy_here())
     fit = Fit(run, config, "sft", chat, plan, console)
     with fit.stop.listening():
-        # Before the settings: DeepSpeed shards the whole model, and must not load it in parts.
+        # Before the settings, which tell libraries of DeepSpeed: it shards a model that is whole.
         base = load_base(
             run, config, chat, quantized=config.model.quantization == "nf4", packed=packed
         )
+        model = add_adapter(base, config.sft.lora, chat, seed=config.seed)
         settings = sft_settings(
             run, config, plan, validated=rows.validation is not None, console=console
         )
         trainer = SupervisedTrainer(
-            model=add_adapter(base, config.sft.lora, chat, seed=config.seed),
+            model=model,
             plan=plan,
             args=settings,
             train_dataset=rows.train.dataset,

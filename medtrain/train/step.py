@@ -1,9 +1,9 @@
 """How a trainer goes through a step: what SFT's and the preference trainers change in TRL's loop.
 
-To transformers, a "batch" is here a whole optimiser step (`StepBatch`): its forward passes, as few as
-their tokens need, are run one after another and their gradients added up, and only the last one is
-shared between processes. Losses that are no number are left out, requests to stop are agreed on, and
-evaluations weigh every token (or pair) alike.
+To transformers, a "batch" is here a whole optimiser step (`StepBatch`): its forward passes, as few
+as their tokens need, are run one after another and their gradients added up, and only the last one
+is shared between processes. Losses that are no number are left out, requests to stop are agreed on,
+and evaluations weigh every token (or pair) alike.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a training run tells while it goes: metrics for the report, progress for a person.
 
-The trainer's log lines and the meter's figures → one JSON object a line in the run's metrics file (on
-resume, lines after the resumed step are dropped first) → the console's bar: loss, learning rate,
-tokens a second. The same callback saves between evaluations, and stops a run early.
+The trainer's log lines and the meter's figures → one JSON object a line in the run's metrics file
+(on resume, lines after the resumed step are dropped first) → the console's bar: loss, learning
+rate, tokens a second. The same callback saves between evaluations, and stops a run early.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ from medtrain.train.checkpoints import Plan
 from medtrain.train.packed import PackedForward, select_supervised
 from medtrain.train.step import EvaluationStoppedError, StepTrainer
 from medtrain.train.telemetry import tokens_seen
+from medtrain.train.zero3 import keep_token_layers_whole
 
 _LITTLE_SPACE = 64 * 2**20
 _STAGE3 = 3
@@ -87,6 +88,12 @@ class AdapterTrainer(StepTrainer):
         checkpoints.prune_to_best(path.parent, step, self.state.log_history)
 
     # Reading
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+        if self._is_deepspeed and self._zero_stage == _STAGE3:
+            keep_token_layers_whole(self.model)
+        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(model or self.model, read_weights(Path(resume_from_checkpoint)))
@@ -211,21 +218,6 @@ def make_ready(trainer: Any, plan: Plan) -> None:
     trainer.plan = plan
     trainer.remove_callback(PrinterCallback)
     select_supervised(trainer.model.get_base_model().base_model)
-    if trainer._is_deepspeed and trainer._zero_stage == _STAGE3:
-        show_to_deepspeed(trainer.model)
-
-
-def show_to_deepspeed(model: Any) -> None:
-    """Tell ZeRO-3 which weights PEFT's token layers use that belong to a module inside them.
-
-    DeepSpeed gathers a module's own weights before it is called, and no others.
-    """
-    from deepspeed.zero import register_external_parameter
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-
-    for module in model.modules():
-        if isinstance(module, TrainableTokensLayer):
-            register_external_parameter(module, module.get_base_layer().weight)
 
 
 def drop_reference(model: Any) -> None:

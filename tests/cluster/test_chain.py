@@ -31,6 +31,7 @@ JUDGED = {"rubric": True, "rating": False, "pairwise": True}
 CONFIGS = st.builds(
     config_of,
     shards=st.integers(1, 9),
+    dpo=st.sampled_from([{}, {"reference_shards": 4}, {"method": "orpo"}]),
     evaluate=st.sampled_from([{}, JUDGED, {"held_out_loss": False}, {"variants": ["base"]}]),
 )
 PLACES = st.tuples(st.integers(0, len(STAGES) - 1), st.integers(0, len(STAGES) - 1)).map(sorted)
@@ -101,11 +102,12 @@ def test_an_array_holds_every_shard_once(config: RunConfig) -> None:
         per_set: dict[str, set[int]] = {}
         for key, shard in units:
             per_set.setdefault(key, set()).add(shard)
-        assert all(shards == set(range(config.judge.num_shards)) for shards in per_set.values())
+        whole = config.judge.num_shards if job.kind != "reference" else config.dpo.reference_shards
+        assert all(shards == set(range(whole)) for shards in per_set.values())
 
 
 def test_the_chain_of_a_whole_run() -> None:
-    config = config_of(evaluate=JUDGED)
+    config = config_of(evaluate=JUDGED, dpo={"reference_shards": 2})
     jobs = plan_chain(steps_of(STAGES, config), config)
     assert [(job.key, job.kind, len(job.tasks)) for job in jobs] == [
         ("prepare", "cpu", 0),
@@ -115,6 +117,8 @@ def test_the_chain_of_a_whole_run() -> None:
         ("generate.candidates.close", "cpu", 0),
         ("judge.verdicts", "judge", 3),
         ("judge.verdicts.close", "cpu", 0),
+        ("reference.sums", "reference", 2),
+        ("reference.sums.close", "cpu", 0),
         ("dpo", "dpo", 0),
         ("merge-dpo", "merge", 0),
         ("evaluate.answers", "evaluate", 9),
@@ -124,6 +128,14 @@ def test_the_chain_of_a_whole_run() -> None:
     ]
     assert jobs[2].steps == (("run", "merge-sft", ""), ("open", "generate", "candidates"))
     assert [step[0] for step in jobs[-1].steps] == ["close", "run"]
+
+
+def test_a_chain_without_a_reference() -> None:
+    """Pairs are followed by training at once."""
+    config = config_of(dpo={"method": "orpo"})
+    jobs = plan_chain(steps_of(STAGES, config), config)
+    assert [job.key for job in jobs][5:8] == ["judge.verdicts", "judge.verdicts.close", "dpo"]
+    assert ("run", "reference", "") not in [step for job in jobs for step in job.steps]
 
 
 def test_a_job_of_the_old_chain_may_be_lost_from_its_middle() -> None:

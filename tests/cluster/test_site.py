@@ -25,7 +25,7 @@ from medtrain.config import JobKind, RunConfig, dump_config, load_config, parse_
 from medtrain.errors import ConfigError
 
 KINDS = get_args(JobKind)
-GPU_KINDS = ("sft", "merge", "generate", "dpo", "evaluate")
+GPU_KINDS = ("sft", "merge", "generate", "reference", "dpo", "evaluate")
 
 
 def config_of(cluster: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
@@ -68,14 +68,16 @@ def test_the_layer_nearest_to_the_job_wins(
         given_ = own.get(name, above.get(name))
         assert getattr(wanted, name) == given_ or given_ is None
     assert wanted.sbatch == {**above.get("sbatch", {}), **own.get("sbatch", {})}
-    usable = own.get("gpus", above.get("gpus", 1) if kind in GPU_KINDS else 0)
+    shared = min(above.get("gpus", 1), 1) if kind == "reference" else above.get("gpus", 1)
+    usable = own.get("gpus", shared if kind in GPU_KINDS else 0)
     assert wanted.gpus == usable
 
 
 def test_only_what_can_use_a_gpu_asks_for_one() -> None:
     config = config_of({"gpus": 4, "gpu_type": "a100", "nodes": 2})
     assert {k: total_gpus(config, k) for k in KINDS} == {
-        "cpu": 0, "sft": 8, "merge": 4, "generate": 4, "judge": 0, "dpo": 8, "evaluate": 4,
+        "cpu": 0, "sft": 8, "merge": 4, "generate": 4, "judge": 0, "reference": 1, "dpo": 8,
+        "evaluate": 4,
     }  # fmt: skip
     assert sbatch_options(config, "sft")["gpus-per-node"] == "a100:4"
     assert sbatch_options(config, "sft")["nodes"] == 2
@@ -95,7 +97,7 @@ def test_only_what_can_use_a_gpu_asks_for_one() -> None:
 def test_where_the_model_runs_decides(sections: dict[str, Any], with_gpu: set[str]) -> None:
     config = config_of(**sections)
     asks = {k for k in KINDS if total_gpus(config, k)}
-    unchanged = {"sft", "merge", "dpo", "evaluate"}
+    unchanged = {"sft", "merge", "reference", "dpo", "evaluate"}
     assert asks - unchanged - with_gpu <= {"generate"} - sections.keys()
     assert with_gpu | unchanged <= asks
 

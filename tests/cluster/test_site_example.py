@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -35,8 +36,7 @@ def test_it_is_laid_under_a_run(config: RunConfig) -> None:
 
 
 def test_every_kind_of_job_is_asked_for(config: RunConfig) -> None:
-    kinds: tuple[JobKind, ...] = ("cpu", "sft", "merge", "generate", "judge", "dpo", "evaluate")
-    for kind in kinds:
+    for kind in get_args(JobKind):
         wanted = resources_of(config, kind)
         assert wanted.account == "med-nlp"
         assert wanted.time_min

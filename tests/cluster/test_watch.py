@@ -70,8 +70,8 @@ def test_files_and_queue_are_one_table(scene: Scene) -> None:
     status = look(scene.run, scene.config)
     generate = stage(status, "generate")
     assert [s.state for s in status.stages] == [
-        "done", "done", "done", "running", "queued", "missing", "queued", "missing", "missing",
-        "missing",
+        "done", "done", "done", "running", "queued", "missing", "missing", "queued", "missing",
+        "missing", "missing",
     ]  # fmt: skip
     assert generate.amount is not None
     assert (generate.amount.done, generate.amount.total) == (10, 40)

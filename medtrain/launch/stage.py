@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from medtrain.config import RunConfig
 from medtrain.console import Console
 from medtrain.errors import (
     DEBUG_VARIABLE,
     BadNodeError,
-    ConfigError,
     MedtrainError,
     TryAgainError,
     from_exit_code,
@@ -46,8 +45,8 @@ def launch(run: Run, config: RunConfig, stage: str, console: Console) -> bool:
     try:
         return _launch(run, config, cast("Trained", stage), console, place)
     except MedtrainError as error:
-        if place.nodes > 1:
-            # Slurm's exit code of several tasks is that of the last one that was killed.
+        if place.nodes > 1 or IN_JOB_VARIABLE in os.environ:
+            # srun's exit code is that of a task that was killed because this one failed.
             Lineage(run).record_failure(stage, error)
         raise
 
@@ -75,7 +74,11 @@ def _launch(
 
 def _say(chosen: Chosen, stage: str, node: Node, console: Console) -> None:
     message = f"{stage}: {chosen.strategy} on {node.total} processes ({chosen.reason})"
-    fields = {"stage": stage, "strategy": chosen.strategy, "processes": node.total}
+    fields: dict[str, Any] = {
+        "stage": stage,
+        "strategy": chosen.strategy,
+        "processes": node.total,
+    }
     if chosen.fits:
         console.event("strategy", message, **fields)
     else:
@@ -97,7 +100,8 @@ def _processes(config: RunConfig, gpus: int) -> int:
 def _run(
     run: Run, config: RunConfig, stage: Trained, console: Console, node: Node, meeting: Meeting
 ) -> None:
-    started = command(config, stage, run.config, node, meeting)
+    program = ["-m", "medtrain", stage, str(run.config)]
+    started = command(config, program, node, meeting)
     surroundings = {**environment(node, meeting), **run.lock_environment()}
     if node.gpus == 0 and meeting.strategy in DEEPSPEED:
         deepspeed_op.build(surroundings)
