@@ -48,8 +48,11 @@ def plan(
     until: Until = None,
     only: Only = None,
     as_json: AsJson = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Fail (exit code 64) if a training does not fit.")
+    ] = False,
 ) -> None:
-    """Show what `submit` would queue, with estimates of GPU-hours; touch nothing."""
+    """Show what `submit` would queue, with GPU-hours and memory of a GPU; touch nothing."""
     import json
 
     from medtrain.cluster.plan import make_plan
@@ -66,6 +69,8 @@ def plan(
         # Outside the table, which would break a command that is longer than a line.
         for number, command in enumerate(planned.commands):
             typer.echo(f"\nnext: {command}" if number == 0 else f"then: {command}")
+    if check:
+        planned.check()
 
 
 def submit(

@@ -83,7 +83,7 @@ def anchored(config: RunConfig) -> RunConfig:
     """The configuration with local paths made absolute: it means the same from any directory."""
     tree = config.model_dump(mode="json")
     sections = [(tree["model"], "base"), (tree["model"], "chat_template"), (tree["judge"], "model")]
-    sections += [(tree["evaluate"], "bertscore_model"), (tree["launch"], "accelerate_config")]
+    sections += [(tree["evaluate"], "bertscore_model"), (tree["train"], "accelerate_config")]
     sections += [(v, "path") for v in tree["evaluate"]["variants"] if isinstance(v, dict)]
     for section, key in sections:
         section[key] = _absolute(section[key]) if section[key] else section[key]

@@ -53,10 +53,19 @@ class Fingerprint:
     inputs: Mapping[str, str]
     """Name of an input → digest."""
 
+    split: tuple[str, ...] = ()
+    """Keys of `settings` that may change before a stage goes on that has begun."""
+
     @property
     def digest(self) -> str:
         """One hash of all of it."""
         return digest_of([dict(self.settings), dict(self.inputs)])
+
+    @property
+    def going_on(self) -> str:
+        """One hash of what must be as it was for a stage to go on that has begun."""
+        kept = {key: value for key, value in self.settings.items() if key not in self.split}
+        return digest_of([kept, dict(self.inputs)])
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -96,6 +105,11 @@ class Lineage:
         record = self._read(f"{stage}.started.json")
         return record["fingerprint"] if record else None
 
+    def goes_on(self, stage: str, fingerprint: Fingerprint) -> bool:
+        """Whether what an unfinished stage has made may be of use under this fingerprint."""
+        record = self._read(f"{stage}.started.json")
+        return record is not None and record["going_on"] == fingerprint.going_on
+
     def began_at(self, stage: str) -> float:
         """When a stage that is not finished was first begun, in seconds since the epoch."""
         record = self._read(f"{stage}.started.json")
@@ -118,7 +132,12 @@ class Lineage:
         began_at = before["began_at"] if before is not None and same else time.time()
         write_json(
             self.run.stages / f"{stage}.started.json",
-            {"stage": stage, "fingerprint": fingerprint.digest, "began_at": began_at},
+            {
+                "stage": stage,
+                "fingerprint": fingerprint.digest,
+                "began_at": began_at,
+                "going_on": fingerprint.going_on,
+            },
         )
         self._path(f"{stage}.json").unlink(missing_ok=True)
         self.forget_failure(stage)

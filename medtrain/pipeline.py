@@ -85,7 +85,7 @@ class Pipeline:
             for path in stage.reads(self.run, self.config)
         }
         inputs.update(stage.outside(self.run, self.config))
-        return Fingerprint(self._settings(stage), inputs)
+        return Fingerprint(self._settings(stage), inputs, stage.split)
 
     def standing(self, stage: Stage) -> Standing:
         """Where the stage stands; one that the run does not have is done.
@@ -238,8 +238,7 @@ class Pipeline:
         )
 
     def _begin(self, stage: Stage, fingerprint: Fingerprint, standing: Standing) -> None:
-        before = self.lineage.started(stage.name)
-        resumed = standing.state == "started" and before == fingerprint.digest
+        resumed = standing.state == "started" and self.lineage.goes_on(stage.name, fingerprint)
         why = standing.why or ("going on where it stopped" if resumed else "")
         if not resumed and standing.state != "missing":
             self._remove(stage)

@@ -73,6 +73,8 @@ class Stage:
     """Artefacts a later stage or a person may use."""
     ignores: tuple[str, ...] = ()
     """Keys below `settings` that change how, not what."""
+    split: tuple[str, ...] = ()
+    """Keys that may change before it goes on: it sees itself whether what it has still fits."""
     outside: Outside = _nothing
     """Digests of inputs that no stage made."""
     clears: Artefacts = _no_paths
@@ -135,7 +137,11 @@ def _merge(stage: Trained) -> Stage:
 
 # `train.processes` is left out on purpose: the machine at hand must not decide whether a finished
 # training counts.
-_TRAINING_IGNORES = ("eval_batch_size", "log_every", "activation_checkpointing")
+_TRAINING_IGNORES = (
+    "eval_batch_size", "log_every", "activation_checkpointing", "checkpoint_steps",
+    "max_bad_batches",
+)  # fmt: skip
+_STEP_SPLIT = ("batch_size", "gradient_accumulation")
 
 
 def _train(stage: Trained, title: str, reads: Artefacts) -> Stage:
@@ -150,6 +156,7 @@ def _train(stage: Trained, title: str, reads: Artefacts) -> Stage:
         settings=("seed", "model", stage),
         ignores=(*(f"{stage}.{key}" for key in _TRAINING_IGNORES), "dpo.reference_shards",
                  "model.system_prompt"),
+        split=tuple(f"{stage}.{key}" for key in _STEP_SPLIT),
         reads=lambda run, config: [
             run.tokenizer, *reads(run, config), *_built_base(run, config),
         ],
@@ -258,7 +265,7 @@ STAGES: tuple[Stage, ...] = (
         name="reference",
         title="log-probabilities of the preference pairs under the SFT model",
         work="medtrain.train.reference:compute_reference",
-        settings=("model", "dpo.max_length"),
+        settings=("model", "dpo.max_length", "dpo.packing", "dpo.method"),
         ignores=("model.system_prompt",),
         reads=lambda run, config: [
             run.tokenizer, run.preferences, run.adapter("sft"), *_built_base(run, config),
@@ -278,7 +285,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     _train(
         "dpo",
-        "direct preference optimisation of the adapter",
+        "train the adapter on the preferences",
         lambda run, config: [
             run.preferences, run.adapter("sft"),
             *([run.reference] if config.dpo.needs_reference else []),

@@ -14,17 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from medtrain.cluster.chain import ChainJob, phase_of
-from medtrain.cluster.gpus import (
-    DEFAULT_GPU,
-    LOAD_BYTES_PER_S,
-    START_S,
-    STEP_FLOOR_S,
-    Gpu,
-    gpu_of,
-    parameters_of,
-)
+from medtrain.cluster.gpus import LOAD_BYTES_PER_S, START_S, STEP_FLOOR_S, parameters_of
+from medtrain.cluster.hardware import Hardware
 from medtrain.cluster.ledger import Step
-from medtrain.cluster.site import resources_of
 from medtrain.cluster.workload import (
     VERDICT_TOKENS,
     flops_a_token,
@@ -35,9 +27,8 @@ from medtrain.cluster.workload import (
     training_load,
     words,
 )
-from medtrain.config import GenerateConfig, JobKind, RunConfig, VariantConfig
+from medtrain.config import GenerateConfig, RunConfig, VariantConfig
 from medtrain.lineage import Standing
-from medtrain.memory import Choice, architecture_of, choose_strategy
 from medtrain.run import Run, Trained
 from medtrain.shards import Request
 from medtrain.shards.costs import CostModel, measured_costs
@@ -82,10 +73,8 @@ class Estimator:
         self.standing = {stage.name: standing.state for stage, standing, _ in known}
         self.receipts = {stage.name: receipt for stage, _, receipt in known if receipt}
         self.sizes = sizes_of(run, config, prepared=self.standing["prepare"] == "done")
-        base = config.model.base
-        built_in = base.startswith("builtin:")
-        self.architecture = architecture_of(config, run.built_base if built_in else None)
-        self.parameters = None if built_in else self._count(base)
+        self.hardware = Hardware(run, config)
+        self.parameters = self.hardware.parameters
 
     def task(self, job: ChainJob) -> Took:
         """What one task of a job takes; the seconds include loading."""
@@ -102,47 +91,12 @@ class Estimator:
             note="; ".join(one.note for one in took if one.note),
         )
 
-    def gpu(self, kind: JobKind) -> Gpu:
-        """The GPU that a kind of job gets, or is taken to get."""
-        return gpu_of(resources_of(self.config, kind)) or DEFAULT_GPU
-
-    def processes(self, kind: JobKind) -> int:
-        """Processes of a training on GPUs, on all nodes together; 0 without GPUs."""
-        wanted = resources_of(self.config, kind)
-        each = self.config.train.processes
-        of_a_node = (wanted.gpus or 0) if each == "auto" else min(each, wanted.gpus or 0)
-        return of_a_node * (wanted.nodes or 1)
-
-    def choice(self, stage: Trained) -> Choice:
-        """How a training stage would be launched on the GPUs that its jobs ask for."""
-        gpu = self.gpu(stage)
-        return choose_strategy(
-            self.config,
-            stage,
-            gpus=self.processes(stage),
-            gpu_bytes=gpu.memory_bytes,
-            architecture=self.architecture,
-            auto_bytes=gpu.auto_bytes,
-        )
-
-    def _count(self, base: str) -> float | None:
-        """Parameters of the base."""
-        if self.architecture is not None:
-            return float(self.architecture.parameters.total)
-        return parameters_of(base)
-
-    def _bytes_each(self, kind: JobKind) -> int:
-        """Of a weight that is not quantised."""
-        if self.config.model.dtype == "auto":
-            return self.gpu(kind).auto_bytes
-        return 4 if self.config.model.dtype == "float32" else 2
-
     def _step(self, step: Step, job: ChainJob) -> Took:
         verb, name, _ = step
         if verb in ("open", "close"):
             return _SHORT
         if verb == "train":
-            return self._training(cast("Trained", name), job.kind)
+            return self._training(cast("Trained", name))
         if verb == "shards":
             if phase_of(step).kind == "judge":
                 return self._judging(cast("Literal['judge', 'evaluate']", name), job)
@@ -155,35 +109,40 @@ class Estimator:
 
     # Training and merging
 
-    def _training(self, stage: Trained, kind: JobKind) -> Took:
+    def _training(self, stage: Trained) -> Took:
         measured = self._steps_measured(stage)
         if measured is not None:
-            return Took(measured, "measured", self._load_s(kind))
-        processes = self.processes(kind)
+            return Took(measured, "measured", self.hardware.load_s(stage))
+        processes = self.hardware.processes(stage)
         load = training_load(self.config, self.sizes, stage, processes)
         if not processes or load.tokens is None or self.parameters is None:
             return _UNKNOWN
         flops = self._flops(stage, load.tokens) * self._left(stage)
         note = f"{words(load.tokens)} tokens"
-        reached = self._flops_measured(kind) if stage == "dpo" else None
+        reached = self._flops_measured() if stage == "dpo" else None
         if reached is not None:
-            return Took(flops / reached, "measured", self._load_s(kind), f"{note}, at the pace of sft")
-        seconds = self.gpu(kind).compute_s(flops, self.config.model.dtype) / processes
-        return Took(seconds, "estimated", self._load_s(kind), note)
+            return Took(
+                flops / reached,
+                "measured",
+                self.hardware.load_s(stage),
+                f"{note}, at the pace of sft",
+            )
+        seconds = self.hardware.gpu(stage).compute_s(flops, self.config.model.dtype) / processes
+        return Took(seconds, "estimated", self.hardware.load_s(stage), note)
 
     def _flops(self, stage: Trained, tokens: float) -> float:
         assert self.parameters is not None
-        checkpointing = self.choice(stage).checkpointing
+        checkpointing = self.hardware.choice(stage).checkpointing
         return tokens * flops_a_token(self.parameters, checkpointing=checkpointing)
 
     def _reference(self, job: ChainJob) -> Took:
         """A forward pass of both answers of every pair."""
         tokens = reference_tokens(self.config, self.sizes)
-        if tokens is None or self.parameters is None or not self._devices(job.kind):
+        if tokens is None or self.parameters is None or not self.hardware.gpus(job.kind):
             return _UNKNOWN
         flops = 2 * self.parameters * tokens * self._rows_left("reference", job)
-        seconds = self.gpu(job.kind).compute_s(flops, self.config.model.dtype)
-        return Took(seconds, "estimated", self._load_s(job.kind), f"{words(tokens)} tokens")
+        seconds = self.hardware.gpu(job.kind).compute_s(flops, self.config.model.dtype)
+        return Took(seconds, "estimated", self.hardware.load_s(job.kind), f"{words(tokens)} tokens")
 
     def _steps_measured(self, stage: Trained) -> float | None:
         """What it took before, where something was changed that costs no time."""
@@ -197,16 +156,16 @@ class Estimator:
         same = same and then.get("model.base") in (base, Path(base).name)
         return float(receipt["seconds"]) if same else None
 
-    def _flops_measured(self, kind: JobKind) -> float | None:
-        """FLOP/s that SFT reached on its GPUs, if it is done as it is configured."""
+    def _flops_measured(self) -> float | None:
+        """FLOP/s that DPO would reach at SFT's pace, if that is done as it is configured."""
         if self.standing["sft"] != "done" or "sft" not in self.receipts or self.parameters is None:
             return None
-        processes = self.processes("sft")
+        processes = self.hardware.processes("sft")
         load = training_load(self.config, self.sizes, "sft", processes)
         if load.tokens is None or not processes:
             return None
         a_second = self._flops("sft", load.tokens) / float(self.receipts["sft"]["seconds"])
-        return a_second / processes * self.processes(kind)
+        return a_second / processes * self.hardware.processes("dpo")
 
     def _left(self, stage: Trained) -> float:
         """The share of a training's steps that its checkpoints do not hold yet."""
@@ -217,7 +176,7 @@ class Estimator:
         """Read for the comparison, read again, written, read back."""
         if self.parameters is None:
             return _SHORT if self.config.model.base.startswith("builtin:") else _UNKNOWN
-        seconds = 4 * self.parameters * self._bytes_each("merge") / LOAD_BYTES_PER_S
+        seconds = 4 * self.parameters * self.hardware.bytes_each("merge") / LOAD_BYTES_PER_S
         return Took(seconds, "estimated", START_S)
 
     # Shards
@@ -240,19 +199,23 @@ class Estimator:
                 max_answer_tokens=samples * section.max_new_tokens,
             )  # fmt: skip
             seconds = measured.seconds(request) * rows * len(models) * share
-            return Took(seconds, "measured", self._load_s(job.kind), note)
+            return Took(seconds, "measured", self.hardware.load_s(job.kind), note)
         known = [parameters for parameters in models if parameters is not None]
-        if section.engine == "openai" or not self._devices(job.kind) or len(known) < len(models):
+        if (
+            section.engine == "openai"
+            or not self.hardware.gpus(job.kind)
+            or len(known) < len(models)
+        ):
             return Took(None, "unknown", note=note)
-        gpu, floor = self.gpu(job.kind), STEP_FLOOR_S[section.engine]
-        dtype, each = self.config.model.dtype, self._bytes_each(job.kind)
+        gpu, floor = self.hardware.gpu(job.kind), STEP_FLOOR_S[section.engine]
+        dtype, each = self.config.model.dtype, self.hardware.bytes_each(job.kind)
         together = min(section.batch_size, rows)
         seconds = 0.0
         for parameters in known:
             a_step = gpu.decode_step_s(parameters, each, together * samples, floor, dtype)
             seconds += ceil(rows / together) * section.max_new_tokens * a_step
             seconds += gpu.compute_s(2 * parameters * rows * self.sizes.prompt_tokens, dtype)
-        return Took(seconds * share, "estimated", self._load_s(job.kind, max(known)), note)
+        return Took(seconds * share, "estimated", self.hardware.load_s(job.kind, max(known)), note)
 
     def _models(self, stage: str) -> list[float | None]:
         """Parameters of the models that answer."""
@@ -283,15 +246,15 @@ class Estimator:
         if a_call is not None:
             return Took(a_call * asked.calls * share, "measured", START_S, note)
         parameters = parameters_of(judge.model) if judge.kind == "model" else None
-        if parameters is None or not self._devices(job.kind):
+        if parameters is None or not self.hardware.gpus(job.kind):
             return Took(None, "unknown", note=note)
-        gpu = self.gpu(job.kind)
+        gpu = self.hardware.gpu(job.kind)
         floor = STEP_FLOOR_S["transformers"]
-        dtype, each = self.config.model.dtype, self._bytes_each(job.kind)
+        dtype, each = self.config.model.dtype, self.hardware.bytes_each(job.kind)
         a_step = gpu.decode_step_s(parameters, each, _JUDGE_BATCH, floor, dtype)
         seconds = ceil(asked.calls / _JUDGE_BATCH) * min(judge.max_tokens, VERDICT_TOKENS) * a_step
         seconds += gpu.compute_s(2 * parameters * asked.calls * asked.prompt_tokens, dtype)
-        return Took(seconds * share, "estimated", self._load_s(job.kind, parameters), note)
+        return Took(seconds * share, "estimated", self.hardware.load_s(job.kind, parameters), note)
 
     def _call_s(self, stage: str, keys: Sequence[str]) -> float | None:
         """Seconds of one question to the judge, by finished shards."""
@@ -311,14 +274,6 @@ class Estimator:
         seen = [shard_progress(shard_directory(self.run, stage, key)) for key in _keys(job)]
         total = sum(one.total for one in seen)
         return 1 - sum(one.done for one in seen) / total if total else 1.0
-
-    def _devices(self, kind: JobKind) -> int:
-        wanted = resources_of(self.config, kind)
-        return (wanted.gpus or 0) * (wanted.nodes or 1)
-
-    def _load_s(self, kind: JobKind, parameters: float | None = None) -> float:
-        weights = (parameters or self.parameters or 0.0) * self._bytes_each(kind)
-        return START_S + weights / LOAD_BYTES_PER_S
 
 
 def _keys(job: ChainJob) -> list[str]:

@@ -1,8 +1,9 @@
 """`medtrain plan`: what would run, what it is likely to take, and what a person does first.
 
 stages that are done, by their receipts → jobs of the others, as `submit` would queue them → an
-estimate of each (medtrain.cluster.estimate) → one table, a total, the assumptions, warnings, and
-the commands. Nothing is written, no job is asked for, Slurm need not be there.
+estimate of each (medtrain.cluster.estimate), of a training stage also whether it fits its GPUs
+(medtrain.cluster.training_plan) → one table, a total, the assumptions, warnings, and the commands.
+Nothing is written, no job is asked for, Slurm need not be there.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from medtrain.cluster.chain import plan_chain, steps_of
 from medtrain.cluster.estimate import Basis, Estimator
@@ -23,18 +23,17 @@ from medtrain.cluster.gpus import (
     gpu_of,
 )
 from medtrain.cluster.ledger import Step
+from medtrain.cluster.proportions import out_of_proportion
 from medtrain.cluster.site import resources_of
-from medtrain.cluster.workload import duration
+from medtrain.cluster.training_plan import TrainingPlan, plan_training, warnings_of_training
 from medtrain.config import JobKind, RunConfig
 from medtrain.data.needs import datasets_needed, models_needed
 from medtrain.endpoint import read_secrets
+from medtrain.errors import ConfigError
 from medtrain.pipeline import table
-from medtrain.run import Run
+from medtrain.run import Run, Trained
 from medtrain.selection import Selection
 from medtrain.stages import Stage, needed_before
-
-_LONG_S, _GOOD_S = 24 * 3600.0, 4 * 3600.0
-"""A task should not take longer than the first; the second is what is proposed instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +88,8 @@ class RunPlan:
 
     run: Run
     jobs: tuple[PlannedJob, ...]
+    training: tuple[TrainingPlan, ...]
+    """The training stages that are to do."""
     assumptions: tuple[str, str]
     """Where rows and tokens come from; how fast a GPU is taken to be."""
     warnings: tuple[str, ...]
@@ -110,11 +111,27 @@ class RunPlan:
         """Jobs with GPUs whose time nobody knows."""
         return [job.key for job in self.to_do if job.gpu_hours is None]
 
+    def check(self) -> None:
+        """Nothing, if every training stage fits its GPUs.
+
+        Raises:
+            ConfigError: one does not.
+        """
+        too_large = [stage for stage in self.training if not stage.choice.fits]
+        if too_large:
+            raise ConfigError(
+                "; ".join(
+                    f"{one.stage} does not fit its GPUs ({one.gpu.name})" for one in too_large
+                ),
+                fix="\n".join(f"{one.stage}: {one.choice.reason}." for one in too_large),
+            )
+
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
         return {
             "run": str(self.run.root),
             "jobs": [job.to_json() for job in self.jobs],
+            "training": [stage.to_json() for stage in self.training],
             "total": {
                 "jobs": len(self.to_do),
                 "tasks": sum(job.tasks for job in self.to_do),
@@ -156,12 +173,21 @@ def make_plan(run: Run, config: RunConfig, selection: Selection, config_name: st
     )
     done = [_done(stage, estimator) for stage in chosen[:first]]
     jobs = [*done, *_jobs(config, estimator, chosen[first:])]
+    training = [
+        plan_training(estimator, cast("Trained", stage.name))
+        for stage in chosen[first:]
+        if stage.trains
+    ]
     before = [s.name for s in needed_before(chosen[0], run, config) if state[s.name] != "done"]
     return RunPlan(
         run=run,
         jobs=tuple(jobs),
+        training=tuple(training),
         assumptions=(_about_rows(estimator), _about_speed(config, jobs)),
-        warnings=tuple(warnings_of(jobs, config)),
+        warnings=(
+            *(line for one in training for line in warnings_of_training(one, config.model.dtype)),
+            *out_of_proportion(jobs, config),
+        ),
         commands=tuple(_commands(config, config_name, jobs, before, selection)),
     )
 
@@ -193,47 +219,6 @@ def _jobs(config: RunConfig, estimator: Estimator, stages: Sequence[Stage]) -> I
         )
 
 
-def warnings_of(jobs: Sequence[PlannedJob], config: RunConfig) -> Iterator[str]:
-    """What is out of proportion, with its remedy."""
-    for job in jobs:
-        if job.state == "to do" and job.task_s is not None:
-            yield from _against_its_limit(job, job.task_s, config)
-            if job.steps[0][0] == "shards":
-                yield from _against_its_shards(job, job.task_s, config)
-
-
-def _against_its_limit(job: PlannedJob, task_s: float, config: RunConfig) -> Iterator[str]:
-    if job.time_limit_s is None or task_s <= job.time_limit_s:
-        return
-    useful_s = max(60.0, job.time_limit_s - config.cluster.signal_delay_s - job.load_s)
-    times, limit = ceil((task_s - job.load_s) / useful_s) - 1, config.cluster.max_requeues
-    beyond = f", more than cluster.max_requeues={limit} allows" if times > limit else ""
-    often = f"{times} times" if times > 1 else "once"
-    yield (
-        f"{job.key}: a task takes about {duration(task_s)} and its time limit is "
-        f"{duration(job.time_limit_s)}, so it will be requeued {often}{beyond}; "
-        f"cluster.stages.{job.kind}.time_min sets it"
-    )
-
-
-def _against_its_shards(job: PlannedJob, task_s: float, config: RunConfig) -> Iterator[str]:
-    section = "judge" if job.kind == "judge" else job.steps[0][1]
-    shards: int = getattr(config, section).num_shards
-    compute_s = task_s - job.load_s
-    if shards > 1 and compute_s < job.load_s:
-        fitting = max(1, int(shards * compute_s / (4 * job.load_s)))
-        yield (
-            f"{job.key}: loading the model ({duration(job.load_s)}) takes longer than the work of "
-            f"a task ({duration(compute_s)}): {section}.num_shards={fitting} wastes less"
-        )
-    if task_s > _LONG_S:
-        fitting = ceil(shards * compute_s / _GOOD_S)
-        yield (
-            f"{job.key}: a task takes about {duration(task_s)}: {section}.num_shards={fitting} "
-            f"makes that {duration(_GOOD_S)}"
-        )
-
-
 def _about_rows(estimator: Estimator) -> str:
     sizes = estimator.sizes
     if sizes.prepared:
@@ -257,10 +242,10 @@ def _about_speed(config: RunConfig, jobs: Sequence[PlannedJob]) -> str:
         sorted(named | ({"A100 40 GB where none is named"} if None in asked else set()))
     )
     return (
-        f"GPU: {gpus}. Guessed: training 6 FLOPs a parameter and token (DPO 8) at "
-        f"{TRAINING_SHARE:.0%} of its peak; decoding at {DECODING_SHARE:.0%} of its memory "
-        f"bandwidth, {STEP_FLOOR_S['transformers'] * 1e3:.0f} ms a step or more; weights load at "
-        f"{LOAD_BYTES_PER_S / 1e9:g} GB/s."
+        f"GPU: {gpus}. Guessed: training 4 FLOPs a parameter and token (6 with activation "
+        f"checkpointing) at {TRAINING_SHARE:.0%} of its peak; decoding at {DECODING_SHARE:.0%} of "
+        f"its memory bandwidth, {STEP_FLOOR_S['transformers'] * 1e3:.0f} ms a step or more; "
+        f"weights load at {LOAD_BYTES_PER_S / 1e9:g} GB/s."
     )
 
 

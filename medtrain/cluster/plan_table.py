@@ -1,4 +1,4 @@
-"""How a plan looks: a row a job, the total, assumptions, warnings.
+"""How a plan looks: a row a job, the total, what each training needs, assumptions, warnings.
 
 What to type comes after it and not from here: a table's width would break a long command.
 """
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medtrain.cluster.chain_table import does
+from medtrain.cluster.training_table import about_memory, training_views
 from medtrain.cluster.workload import duration, words
 
 if TYPE_CHECKING:
@@ -23,8 +24,12 @@ _RIGHT = ("tasks", "a task takes", "GPU-hours")
 def plan_view(plan: RunPlan) -> Group:
     """Everything of a plan, for a person."""
     parts: list[Table | Text] = [_table(plan), Text(), Text(_total(plan), style="bold")]
+    for stage in plan.training:
+        parts += [Text(), *training_views(stage)]
     if plan.to_do:
-        parts += [Text(line, style="dim") for line in plan.assumptions]
+        parts += [Text(), *(Text(line, style="dim") for line in plan.assumptions)]
+    if any(stage.fitting for stage in plan.training):
+        parts.append(Text(about_memory(), style="dim"))
     parts += [Text.assemble(("! ", "yellow"), line) for line in plan.warnings]
     return Group(*parts)
 

@@ -32,7 +32,7 @@ from medtrain.run import Run
 from medtrain.selection import Selection
 from medtrain.stages import STAGES, Stage, needed_before
 
-_HOW = ("launch", "cluster")
+_HOW = ("train", "cluster")
 """Sections that say how a run is computed, and not what."""
 
 

@@ -2,7 +2,7 @@
 
 srun → `medtrain STAGE CONFIG` on every node, which starts that node's processes (medtrain.launch) →
 exit code. USR1 (time is running out) and TERM are passed on to the tasks, whose processes save
-together and end with 75; then the job is queued again, unless the training got done in that time.
+together and end with 75. Then the job is queued again, unless the training got done in that time.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def _wait(step: subprocess.Popen[bytes], save_s: float) -> _Ended:
     except _TimeIsOverError:
         for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-    step.terminate()  # srun passes it on to its tasks
+    # srun passes this on to its tasks; TERM would have it kill them.
+    step.send_signal(signal.SIGUSR1)
     try:
         return _Ended(step.wait(save_s), was_told=True)
     except subprocess.TimeoutExpired:

@@ -16,7 +16,21 @@ from typing import Any
 from medtrain.config.problems import nearest
 from medtrain.config.training import DPOConfig, SFTConfig, TrainingConfig
 
-_TRAINERS = {"sft": "sft_config.py", "dpo": "dpo_config.py"}
+_TRAINERS = {
+    "sft": ("trainer/sft_config.py",),
+    "dpo": ("trainer/dpo_config.py",),
+    "kto": ("trainer/kto_config.py",),
+    "rejection": ("trainer/sft_config.py",),
+    "orpo": ("trainer/dpo_config.py", "experimental/orpo/orpo_config.py"),
+}
+"""Files of the configurations that a field must stand in: of SFT, and of every `dpo.method`."""
+_TITLES = {
+    "sft": "SFTConfig has",
+    "dpo": "DPOConfig has",
+    "kto": "KTOConfig has",
+    "rejection": "SFTConfig has",
+    "orpo": "DPOConfig and ORPOConfig share",
+}
 
 _OWNED = {
     "output_dir": "medtrain names all files",
@@ -69,24 +83,27 @@ _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
 def trainer_problems(tree: Mapping[str, Any]) -> list[str]:
     """A line for every key of `sft.trainer:` and `dpo.trainer:` that TRL or medtrain refuses."""
     problems: list[str] = []
-    for stage in _TRAINERS:
+    for stage in _SECTIONS:
         section = tree.get(stage)
-        extra = section.get("trainer") if isinstance(section, Mapping) else None
-        if isinstance(extra, Mapping):
-            problems += [p for key, v in extra.items() if (p := _problem(stage, str(key), v))]
+        if not isinstance(section, Mapping):
+            continue
+        method = str(section.get("method", "dpo")) if stage == "dpo" else "sft"
+        extra = section.get("trainer")
+        if isinstance(extra, Mapping) and method in _TRAINERS:
+            found = (_problem(stage, method, str(key), value) for key, value in extra.items())
+            problems += filter(None, found)
     return problems
 
 
-def _problem(stage: str, key: str, value: Any) -> str:
+def _problem(stage: str, method: str, key: str, value: Any) -> str:
     path = f"{stage}.trainer.{key}"
-    fields = trainer_fields(stage)
+    fields = trainer_fields(method)
     if key in _OWNED:
         return f"{path}: set by medtrain itself; {_OWNED[key]}"
     if key in _SECTIONS[stage].model_fields:
         return f"{path}: set `{stage}.{key}` instead"
     if key not in fields:
-        title = "SFTConfig" if stage == "sft" else "DPOConfig"
-        return f"{path}: TRL's {title} has no such field.{nearest(key, fields)}"
+        return f"{path}: TRL's {_TITLES[method]} no such field.{nearest(key, fields)}"
     if not _fits(value, fields[key]):
         return f"{path}: {value!r} is not of type {fields[key]}"
     return ""
@@ -102,19 +119,20 @@ def _fits(value: Any, annotation: str) -> bool:
     return any(isinstance(value, _PLAIN_TYPES[kind]) for kind in kinds)
 
 
-@lru_cache(maxsize=2)
-def trainer_fields(stage: str) -> dict[str, str]:
-    """The fields of TRL's SFTConfig (`sft`) or DPOConfig (`dpo`) as installed, with their types."""
-    trainer = _package("trl") / "trainer"
-    files = [
-        trainer / _TRAINERS[stage],
-        trainer / "base_config.py",
-        _package("transformers") / "training_args.py",
-    ]
-    found: dict[str, str] = {}
-    for file in reversed(files):
-        found.update(_dataclass_fields(file) if file.exists() else {})
-    return found
+@lru_cache
+def trainer_fields(method: str) -> dict[str, str]:
+    """The fields of TRL's configuration as installed, with their types.
+
+    Args:
+        method: `sft`, or one of `dpo.method`.
+    """
+    trl = _package("trl")
+    common: dict[str, str] = {}
+    for file in (_package("transformers") / "training_args.py", trl / "trainer/base_config.py"):
+        common.update(_dataclass_fields(file))
+    each = [_dataclass_fields(trl / file) for file in _TRAINERS[method]]
+    shared = set(each[0]).intersection(*each[1:])
+    return {**common, **{name: kind for name, kind in each[0].items() if name in shared}}
 
 
 def _package(name: str) -> Path:
@@ -125,6 +143,8 @@ def _package(name: str) -> Path:
 
 
 def _dataclass_fields(file: Path) -> dict[str, str]:
+    if not file.exists():
+        return {}
     module = ast.parse(file.read_text(encoding="utf-8"))
     return {
         statement.target.id: ast.unparse(statement.annotation)

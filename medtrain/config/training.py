@@ -62,7 +62,8 @@ class TrainingConfig(Section):
     keep_best: bool = True
     """End with the checkpoint of the lowest evaluation loss, not with the last."""
     trainer: dict[str, Any] = Field(default_factory=dict)
-    """More fields of TRL's SFTConfig or DPOConfig, passed on as they are."""
+    """More fields of TRL's SFTConfig, or for preferences DPOConfig or KTOConfig, passed on as they
+    are."""
 
     @model_validator(mode="after")
     def _early_stopping_needs_validation(self) -> TrainingConfig:
@@ -81,7 +82,7 @@ class SFTConfig(TrainingConfig):
 
 
 class DPOConfig(TrainingConfig):
-    """Direct preference optimisation (https://arxiv.org/abs/2305.18290)."""
+    """Learning from preferences; going on from the SFT adapter, whose answers were compared."""
 
     learning_rate: float = Field(5e-5, gt=0)
     """Peak learning rate."""
@@ -90,11 +91,15 @@ class DPOConfig(TrainingConfig):
     gradient_accumulation: int = Field(2, ge=1)
     """Forward passes an optimiser step."""
     beta: float = Field(0.1, gt=0)
-    """How strongly the trained model is held to the reference."""
+    """`dpo` and `kto`: how strongly the trained model is held to the reference (with `loss_type:
+    ipo` it is the paper's τ). `orpo`: weight of the odds ratio against the fine-tuning loss, the
+    paper's λ. `rejection` has none."""
     method: Literal["dpo", "orpo", "kto", "rejection"] = "dpo"
-    """What this stage trains with. `orpo` (https://arxiv.org/abs/2403.07691) needs no reference;
-    `kto` (https://arxiv.org/abs/2402.01306) takes answers one by one; `rejection` is supervised
-    fine-tuning on the preferred answers."""
+    """What this stage trains with. `dpo` (https://arxiv.org/abs/2305.18290) compares both answers
+    with what the SFT model made of them. `kto` (https://arxiv.org/abs/2402.01306) does so with each
+    answer by itself. `orpo` (https://arxiv.org/abs/2403.07691) fine-tunes on the chosen answers and
+    raises their odds, without a reference. `rejection` (https://arxiv.org/abs/2304.06767)
+    fine-tunes on the best answer of each prompt. Whichever it is, the variant is called `dpo`."""
     loss_type: Literal[
         "sigmoid",
         "hinge",
@@ -109,6 +114,11 @@ class DPOConfig(TrainingConfig):
         "sigmoid_norm",
     ] = "sigmoid"
     """The preference loss of `method: dpo`, by TRL's names."""
+    desirable_weight: float = Field(1.0, gt=0)
+    """With `method: kto`, weight of the losses of chosen answers."""
+    undesirable_weight: float = Field(1.0, gt=0)
+    """With `method: kto`, weight of the losses of rejected answers, of which there are as many as
+    of chosen ones."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Share of preferences taken to be the wrong way round; with `loss_type: robust`."""
     validation_fraction: float = Field(0.1, ge=0, lt=0.5)
@@ -122,12 +132,33 @@ class DPOConfig(TrainingConfig):
         """Whether the method compares the trained model with the one it started as."""
         return self.method in ("dpo", "kto")
 
+    @property
+    def unread(self) -> frozenset[str]:
+        """Settings that the method has no use for."""
+        return frozenset(name for name, methods in _READ_BY.items() if self.method not in methods)
+
     @model_validator(mode="after")
-    def _smoothing_needs_the_robust_loss(self) -> DPOConfig:
+    def _settings_fit_the_method(self) -> DPOConfig:
+        """A setting without an effect would give a wrong impression of what was done."""
+        for name in sorted(self.unread):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is used by method: {' or '.join(_READ_BY[name])} only, and method is "
+                    f"{self.method}"
+                )
         if self.label_smoothing and self.loss_type != "robust":
             raise ValueError("label_smoothing is used by loss_type: robust only")
         return self
 
+
+_READ_BY = {
+    "beta": ("dpo", "orpo", "kto"),
+    "loss_type": ("dpo",),
+    "label_smoothing": ("dpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+"""Settings of some methods, and which these are."""
 
 Strategy = Literal["ddp", "zero2", "zero3", "zero3-offload", "fsdp2"]
 """How weights, gradients and state lie on several devices; configs/accelerate/ has each."""

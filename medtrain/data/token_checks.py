@@ -8,6 +8,7 @@ open a forged one, so it is not used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -28,6 +29,7 @@ Conversation = Sequence[Message]
 
 _CHUNK_ROWS = 1024
 _SAMPLE_ROWS = 32
+_HISTOGRAM_BINS = 16
 
 
 class Limit(NamedTuple):
@@ -75,9 +77,9 @@ class TokenCounts:
         }
 
 
-def _histogram(lengths: np.ndarray) -> dict[str, Any]:
+def _histogram(lengths: Any) -> dict[str, Any]:
     """Rows by length: `rows[i]` have more than `i` and up to `i + 1` times `width` tokens."""
-    width = max(1, math.ceil(int(lengths.max()) / HISTOGRAM_BINS))
+    width = max(1, math.ceil(int(lengths.max()) / _HISTOGRAM_BINS))
     bins = np.bincount((np.maximum(lengths, 1) - 1) // width)
     return {"width": width, "rows": bins.tolist()}
 

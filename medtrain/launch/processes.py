@@ -2,7 +2,8 @@
 
 SIGTERM, SIGUSR1, SIGUSR2 → a file on the node's own disk that the processes look for → they save
 together and end with 75, however long that takes. A signal that comes again later, or Ctrl-C, ends
-them at once.
+them at once; in a Slurm job it does not, since Slurm kills what has not ended in time, and signals
+nodes that still save when another one is done.
 
 The launcher below (torchrun, accelerate) never hears those signals: it would kill its processes
 30 s later. It runs in a session of its own, so that a terminal's or Slurm's signal to a process
@@ -24,10 +25,8 @@ from types import FrameType
 from typing import IO, Any
 
 from medtrain.errors import TryAgainError
-from medtrain.launch.worker import end_with_parent
+from medtrain.launch.worker import STOP_FILE_VARIABLE, end_with_parent
 
-STOP_FILE_VARIABLE = "MEDTRAIN_STOP_FILE"
-"""Names the file whose existence means: save and end."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SAME_REQUEST_S = 10.0
 """One request to stop comes several times: Slurm signals every process of a job, and srun passes on
@@ -95,7 +94,7 @@ class Processes:
         if self._asked_at is None:
             self._asked_at = now
             self._stop_file.touch()
-        elif now - self._asked_at > SAME_REQUEST_S:
+        elif now - self._asked_at > SAME_REQUEST_S and "SLURM_JOB_ID" not in os.environ:
             raise _EndNowError
 
 

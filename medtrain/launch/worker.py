@@ -10,8 +10,10 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 from medtrain.errors import MedtrainError
 from medtrain.launch.strategy_files import strategy_named
@@ -20,12 +22,15 @@ IN_JOB_VARIABLE = "MEDTRAIN_IN_JOB"
 """Set where a job of the run has started this process, so that the run's jobs are no strangers."""
 LAUNCHER_VARIABLE = "MEDTRAIN_LAUNCHER_PID"
 """Names the process of medtrain's launcher."""
+STOP_FILE_VARIABLE = "MEDTRAIN_STOP_FILE"
+"""Names the file whose existence means: save and end."""
 STRATEGY_VARIABLE = "MEDTRAIN_STRATEGY"
 """How weights, gradients and state lie on the devices; not set: one process, or DDP."""
 
 # Of one process, accelerate sets no rank.
 _LAUNCHED = ("LOCAL_RANK", "RANK", "ACCELERATE_MIXED_PRECISION", LAUNCHER_VARIABLE)
 _PR_SET_PDEATHSIG = 1
+_STOP_FILE_WITHIN_S = 2.0
 
 
 def is_launched() -> bool:
@@ -49,6 +54,20 @@ def begin() -> None:
         # torchrun may stand between. Whoever ended before the line above sent no signal.
         if int(launcher) not in (parent, _parent_of(parent)):
             raise MedtrainError("The launcher of this process has ended")
+        signal.signal(signal.SIGTERM, _end_unless_asked_to_save)
+
+
+def _end_unless_asked_to_save(number: int, frame: FrameType | None) -> None:
+    """End at once where another process of this launch has failed, which torchrun says by SIGTERM.
+
+    Slurm's SIGTERM to all processes is the launcher's to act on: it makes the stop file.
+    """
+    stop_file = Path(os.environ[STOP_FILE_VARIABLE])
+    deadline = time.monotonic() + _STOP_FILE_WITHIN_S
+    while not stop_file.exists():
+        if time.monotonic() > deadline:
+            os._exit(128 + number)
+        time.sleep(0.05)
 
 
 def end_with_parent(number: signal.Signals) -> None:

@@ -6,7 +6,7 @@ counts what a training really takes, to hold the estimate against it.
 """
 
 from medtrain.memory.architecture import Architecture, architecture_of
-from medtrain.memory.choose import Choice, choose_strategy
+from medtrain.memory.choose import Choice, choose_strategy, needs_checkpointing, strategies_for
 from medtrain.memory.estimate import Estimate, estimate
 from medtrain.memory.work import Work, sides_of, work_of
 
@@ -18,6 +18,8 @@ __all__ = [
     "architecture_of",
     "choose_strategy",
     "estimate",
+    "needs_checkpointing",
     "sides_of",
+    "strategies_for",
     "work_of",
 ]

@@ -1,7 +1,7 @@
 """The sizes of a base model, as far as memory depends on them.
 
-model.base → `builtin:tiny`'s own sizes, or a directory's config.json, or that of the hub cache, or a
-row of a small table for well-known names → Architecture → exact numbers of parameters by kind.
+model.base → `builtin:tiny`'s own sizes, or a directory's config.json, or that of the hub cache, or
+a row of a small table for well-known names → Architecture → exact numbers of parameters by kind.
 Nothing is downloaded and no library is loaded: a plan must be quick, and need no network.
 """
 
@@ -134,12 +134,8 @@ _WELL_KNOWN: dict[str, Architecture] = {
     ),
     r"mistral-7b(-instruct)?-v0\.3": Architecture(4096, 14_336, 32, 32, 8, 128, 32_768),
     r"tinyllama-1\.1b": Architecture(2048, 5632, 22, 32, 4, 64, 32_000),
-    r"smollm2-135m": Architecture(
-        576, 1536, 30, 9, 3, 64, 49_152, tied=True, knows_chatml=True
-    ),
-    r"smollm2-360m": Architecture(
-        960, 2560, 32, 15, 5, 64, 49_152, tied=True, knows_chatml=True
-    ),
+    r"smollm2-135m": Architecture(576, 1536, 30, 9, 3, 64, 49_152, tied=True, knows_chatml=True),
+    r"smollm2-360m": Architecture(960, 2560, 32, 15, 5, 64, 49_152, tied=True, knows_chatml=True),
     r"smollm2-1\.7b": Architecture(
         2048, 8192, 24, 32, 32, 64, 49_152, tied=True, knows_chatml=True
     ),

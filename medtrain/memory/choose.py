@@ -7,13 +7,15 @@ reason. What the configuration sets itself is kept, and only looked at.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from medtrain.config import RunConfig
 from medtrain.config.training import Strategy
 from medtrain.memory.architecture import Architecture
 from medtrain.memory.estimate import GIB, Estimate, estimate
-from medtrain.memory.work import work_of
+from medtrain.memory.work import Work, work_of
 
 CHEAPEST_FIRST: tuple[Strategy, ...] = ("ddp", "zero2", "zero3", "zero3-offload")
 """What `auto` chooses from; one GPU has nobody to share with."""
@@ -61,7 +63,7 @@ def choose_strategy(
         if one.peak <= gpu_bytes:
             return Choice(one.strategy, one.checkpointing, True, _why(one, tried, gpu_bytes), one)
     smallest = min(tried, key=lambda one: one.peak)
-    reason = _too_large(config, stage, smallest, gpu_bytes, gpus)
+    reason = _too_large(config, stage, smallest, gpu_bytes)
     return Choice(smallest.strategy, smallest.checkpointing, False, reason, smallest)
 
 
@@ -77,8 +79,59 @@ def tried_estimates(
     return [
         estimate(architecture, work, strategy, gpus=gpus, checkpointing=checkpointing)
         for strategy in strategies
-        for checkpointing in ((False, True) if wanted == "auto" else (wanted,))
+        for checkpointing in _ways(wanted)
     ]
+
+
+def needs_checkpointing(
+    config: RunConfig,
+    stage: str,
+    strategy: Strategy,
+    *,
+    gpus: int,
+    gpu_bytes: int,
+    architecture: Architecture | None,
+    auto_bytes: int = 2,
+) -> bool:
+    """Whether a stage is to checkpoint activations under a strategy that is settled already.
+
+    The arguments are those of `choose_strategy`, and with the strategy that it chose so is the
+    answer.
+    """
+    kept = config.model_copy(
+        update={"train": config.train.model_copy(update={"strategy": strategy})}
+    )
+    return choose_strategy(
+        kept,
+        stage,
+        gpus=gpus,
+        gpu_bytes=gpu_bytes,
+        architecture=architecture,
+        auto_bytes=auto_bytes,
+    ).checkpointing
+
+
+def strategies_for(
+    architecture: Architecture,
+    work: Work,
+    *,
+    gpus: int,
+    gpu_bytes: int,
+    checkpointing: bool | Literal["auto"],
+) -> list[Estimate]:
+    """An estimate of every strategy, with checkpointing only where it does not fit without."""
+    found = []
+    for strategy in (*CHEAPEST_FIRST, "fsdp2") if gpus > 1 else CHEAPEST_FIRST[:1]:
+        ways = [
+            estimate(architecture, work, strategy, gpus=gpus, checkpointing=way)
+            for way in _ways(checkpointing)
+        ]
+        found.append(next((way for way in ways if way.peak <= gpu_bytes), ways[-1]))
+    return found
+
+
+def _ways(wanted: bool | Literal["auto"]) -> tuple[bool, ...]:
+    return (False, True) if wanted == "auto" else (wanted,)
 
 
 def _unestimated(set_one: str, wanted: bool | str, gpus: int) -> Choice:
@@ -98,49 +151,43 @@ def _why(chosen: Estimate, tried: list[Estimate], gpu_bytes: int) -> str:
     if before:
         nearest = before[-1]
         said += (
-            f"; {_named(nearest.strategy, nearest.checkpointing)} would need "
-            f"{gib(nearest.peak)}"
+            f"; {_named(nearest.strategy, nearest.checkpointing)} would need {gib(nearest.peak)}"
         )
     return f"{said} of {gib(gpu_bytes)}"
 
 
-def _too_large(
-    config: RunConfig, stage: str, smallest: Estimate, gpu_bytes: int, gpus: int
-) -> str:
-    said = (
-        f"{_named(smallest.strategy, smallest.checkpointing)} needs {gib(smallest.peak)} of "
-        f"{gib(gpu_bytes)}"
-    )
-    if gpus > 1 or config.train.strategy != "auto":
-        said += ", and nothing that may be chosen needs less"
-    return f"{said}: {', or '.join(_remedies(config, stage, smallest, gpu_bytes, gpus))}"
+def _too_large(config: RunConfig, stage: str, smallest: Estimate, gpu_bytes: int) -> str:
+    said = f"{_named(smallest.strategy, smallest.checkpointing)} needs {gib(smallest.peak)} of "
+    if smallest.load > gpu_bytes:
+        return (
+            f"{said}{gib(gpu_bytes)} to load the base, which every GPU holds whole before it is "
+            "sharded: take GPUs with more memory, or a smaller base"
+        )
+    remedies = ", or ".join(_remedies(config, stage, smallest, gpu_bytes))
+    return f"{said}{gib(gpu_bytes)}, and nothing that may be chosen needs less: {remedies}"
 
 
-def _remedies(
-    config: RunConfig, stage: str, smallest: Estimate, gpu_bytes: int, gpus: int
-) -> list[str]:
+def _remedies(config: RunConfig, stage: str, smallest: Estimate, gpu_bytes: int) -> Iterator[str]:
     """What to lower, the most telling first."""
     section = config.dpo if stage == "dpo" else config.sft
-    found = []
-    step = max(smallest.logits, smallest.temporary) + smallest.activations
+    if section.activation_checkpointing is False:
+        yield f"set {stage}.activation_checkpointing=auto"
+    if config.model.quantization != "nf4":
+        yield "set model.quantization=nf4"
+    if config.train.strategy != "auto":
+        yield "set train.strategy=auto"
+    step = smallest.activations + max(smallest.logits + smallest.new_rows, smallest.temporary)
     if smallest.evaluation > step and section.eval_batch_size > 1:
-        found.append(f"lower {stage}.eval_batch_size (now {section.eval_batch_size})")
+        yield f"lower {stage}.eval_batch_size (now {section.eval_batch_size})"
     elif section.batch_size > 1:
-        found.append(
+        yield (
             f"halve {stage}.batch_size (now {section.batch_size}) and double "
             f"{stage}.gradient_accumulation (now {section.gradient_accumulation})"
         )
     else:
-        found.append(f"lower {stage}.max_length (now {section.max_length})")
-    if config.model.quantization != "nf4":
-        found.append("set model.quantization=nf4")
-    if section.activation_checkpointing is False:
-        found.append(f"set {stage}.activation_checkpointing=auto")
-    if config.train.strategy != "auto":
-        found.append("set train.strategy=auto")
-    if smallest.load > gpu_bytes or gpus == 1 or smallest.resident > 0.8 * gpu_bytes:
-        found.append("take a GPU with more memory")
-    return found
+        yield f"lower {stage}.max_length (now {section.max_length})"
+    if smallest.resident > 0.5 * gpu_bytes:
+        yield "take GPUs with more memory"
 
 
 def _named(strategy: str, checkpointing: bool) -> str:

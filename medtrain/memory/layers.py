@@ -20,8 +20,9 @@ _READ_ALIKE = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_pr
 _TILE_TOKENS, _TILE_VOCAB = 4096, 32_768
 """A tile of TRL's fused output layer: trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE and
 trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE."""
-_CPU_TILES = 7
-"""Float32 tiles that it has alive on a CPU, where PyTorch folds them and not Triton."""
+_CPU_TILES, _CPU_FORWARD_TILES = 7, 3
+"""Float32 tiles that it has alive on a CPU, where PyTorch folds them and not Triton: with gradients
+and without."""
 
 
 def targets_of(architecture: Architecture, work: Work) -> list[str]:
@@ -68,15 +69,16 @@ def _adapters_a_token(architecture: Architecture, work: Work) -> float:
 
 
 def working_a_token(architecture: Architecture, work: Work) -> float:
-    """What a layer needs beside what it keeps, in its MLP's backward pass: gradients of the
-    product's factors, which take the place of what is kept one by one, and of the layer's output."""
+    """What a layer needs beside what it keeps, in its MLP's backward pass: gradients of the two
+    factors of the gate's product, and of the layer's input and output."""
     return (2 * architecture.intermediate + 2 * architecture.hidden) * work.dtype_bytes
 
 
 def forward_a_token(architecture: Architecture, work: Work) -> float:
-    """What a forward pass without a backward pass has alive, in an MLP."""
+    """What a forward pass without a backward pass has alive: in an MLP, its input and the residual
+    stream, SiLU's output, and an adapter's sum with its two summands and the scaled one."""
     hidden, b = architecture.hidden, work.dtype_bytes
-    return 3 * architecture.intermediate * b + hidden * (2 * b + _FLOAT32)
+    return 4 * architecture.intermediate * b + hidden * (3.5 * b + _FLOAT32)
 
 
 def dequantized(architecture: Architecture, work: Work) -> float:
@@ -92,7 +94,8 @@ def output_layer(architecture: Architecture, work: Work, *, tokens: int, trained
     rows = min(tokens, _TILE_TOKENS)
     tile = rows * _TILE_VOCAB * work.dtype_bytes
     if work.device == "cpu":
-        tile += _CPU_TILES * rows * min(architecture.vocab, _TILE_VOCAB) * _FLOAT32
+        tiles = _CPU_TILES if trained else _CPU_FORWARD_TILES
+        tile += tiles * rows * min(architecture.vocab, _TILE_VOCAB) * _FLOAT32
     gradient = architecture.hidden * (_FLOAT32 + 2 * work.dtype_bytes)
     return tile + (tokens * gradient if trained else 0)
 

@@ -2,8 +2,8 @@
 
 on a GPU PyTorch's allocator counts → torch.cuda.max_memory_allocated; on a CPU the profiler tells
 of everything that PyTorch's allocator gives out and takes back, temporaries inside kernels
-included → the highest sum. Both leave out what the allocator does not see: CUDA's context, NCCL, and
-files that are mapped into memory.
+included → the highest sum. Both leave out what the allocator does not see: CUDA's context, NCCL,
+and files that are mapped into memory.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -24,6 +24,21 @@ from medtrain.report.tables import table_of
 from medtrain.report.text import count_of, listed, markdown
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class _Spoken(NamedTuple):
+    """A way to learn from preferences, as readers and model hubs know it."""
+
+    name: str
+    tag: str
+
+
+_METHODS = {
+    "dpo": _Spoken("direct preference optimisation", "dpo"),
+    "orpo": _Spoken("odds ratio preference optimisation", "orpo"),
+    "kto": _Spoken("Kahneman-Tversky optimisation", "kto"),
+    "rejection": _Spoken("fine-tuning on the judge's best answers", "rejection-sampling"),
+}
 
 
 def render_markdown(document: Document, figures: dict[str, Drawing]) -> str:
@@ -72,7 +87,9 @@ def _render(template: str, document: Document, **values: Any) -> str:
 def _front_matter(document: Document, config: RunConfig, trained: list[str]) -> str:
     """YAML of what is known; a licence is not, so a person adds it."""
     base = config.model.base
-    methods = ["qlora" if config.model.quantization == "nf4" else "lora", *trained]
+    adapter = "qlora" if config.model.quantization == "nf4" else "lora"
+    tags = {"sft": "sft", "dpo": _METHODS[config.dpo.method].tag}
+    methods = [adapter, *(tags[stage] for stage in trained)]
     return yaml.safe_dump(
         {
             "library_name": "transformers",
@@ -100,7 +117,7 @@ def _hub_datasets(config: RunConfig) -> list[str]:
 def _made_by(config: RunConfig, trained: list[str]) -> str:
     """How the base became this model."""
     adapter = "QLoRA" if config.model.quantization == "nf4" else "LoRA"
-    names = {"sft": "supervised fine-tuning", "dpo": "direct preference optimisation"}
+    names = {"sft": "supervised fine-tuning", "dpo": _METHODS[config.dpo.method].name}
     if not trained:
         return "evaluated"
     return f"trained by {listed([names[stage] for stage in trained])} ({adapter})"

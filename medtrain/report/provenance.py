@@ -25,7 +25,8 @@ _ANSWERING = {"temperature", "top_k", "top_p", "max_new_tokens"}
 _SETTINGS = {
     "model": {"quantization", "double_quantization", "dtype", "chat_template", "system_prompt"},
     "sft": _TRAINING | {"loss_on", "packing"},
-    "dpo": _TRAINING - {"lora"} | {"beta", "loss_type", "label_smoothing"},
+    "dpo": _TRAINING - {"lora"} | {"method", "beta", "loss_type", "label_smoothing",
+                                   "desirable_weight", "undesirable_weight"},
     "merge": {"into"},
     "generate": _ANSWERING | {"num_samples"},
     "judge": {"orders", "temperature", "rating_scale"},
@@ -49,7 +50,8 @@ def without_directories(name: str) -> str:
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
     """The settings that explain the numbers."""
-    sections = config.model_dump(mode="json", include=_SETTINGS)
+    shown = {**_SETTINGS, "dpo": _SETTINGS["dpo"] - config.dpo.unread}
+    sections = config.model_dump(mode="json", include=shown)
     sections["model"]["chat_template"] = without_directories(config.model.chat_template)
     return sections
 

@@ -56,7 +56,8 @@ class BatchPlan:
     def deal(self, rows: Sequence[int]) -> Dealt:
         """Deal the rows of a step; every process gets as many forward passes.
 
-        Only where `even` is not set and there are fewer rows than processes are some lists empty.
+        Where `even` is not set some of them may be empty: all of a process's only where there are
+        fewer rows than processes.
         """
         if self.even:
             forwards = self._deal_even(rows)

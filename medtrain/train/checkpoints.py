@@ -20,8 +20,15 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from medtrain.errors import MedtrainError
-from medtrain.files import fsync_directory, read_json, sha256_file, tree_files, write_json
+from medtrain.errors import DataError, MedtrainError
+from medtrain.files import (
+    digest_of,
+    fsync_directory,
+    read_json,
+    sha256_file,
+    tree_files,
+    write_json,
+)
 from medtrain.run import Run, Trained
 from medtrain.train.adapter import CONFIG_FILE, FACTS_FILE, WEIGHTS_FILE, AdapterFacts
 
@@ -77,11 +84,9 @@ def complete(path: Path, *, step: int, finished: bool, evaluated: bool, plan: Pl
         name = str(file.relative_to(path))
         files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
     fsync_directory(path)
-    write_json(
-        path / _MANIFEST,
-        {"step": step, "finished": finished, "evaluated": evaluated, "plan": plan._asdict(),
-         "files": files},
-    )  # fmt: skip
+    facts = {"step": step, "finished": finished, "evaluated": evaluated, "plan": plan._asdict(),
+             "files": files}  # fmt: skip
+    write_json(path / _MANIFEST, {**facts, "digest": digest_of(facts)})
     fsync_directory(path.parent)
     if why := why_not_whole(path):
         raise MedtrainError(f"The checkpoint {path} was written and cannot be read back: {why}")
@@ -90,15 +95,17 @@ def complete(path: Path, *, step: int, finished: bool, evaluated: bool, plan: Pl
 def why_not_whole(path: Path) -> str | None:
     """What differs between a checkpoint's files and its manifest; None where nothing does."""
     try:
-        files = read_json(path / _MANIFEST)["files"]
-        for name, known in files.items():
+        facts = read_json(path / _MANIFEST)
+        if facts.pop("digest") != digest_of(facts):
+            return "its manifest is not as it was written"
+        for name, known in facts["files"].items():
             if (path / name).stat().st_size != known["bytes"]:
                 return f"{name} has another size"
             if sha256_file(path / name) != known["sha256"]:
                 return f"{name} has another content"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, DataError, AttributeError, KeyError, TypeError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     return None
 
@@ -117,7 +124,13 @@ def newest_whole(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, refused
 
 
-def check_adapter(path: Path, expected: Mapping[str, torch.Size]) -> None:
+def check_adapter(
+    path: Path,
+    expected: Mapping[str, torch.Size],
+    *,
+    dtype: torch.dtype = torch.float32,
+    learnt: bool = True,
+) -> None:
     """Reopen the adapter of a checkpoint and look at what is in it.
 
     Sharded training is known for writing files that hold empty or untrained tensors.
@@ -125,10 +138,12 @@ def check_adapter(path: Path, expected: Mapping[str, torch.Size]) -> None:
     Args:
         path: a directory with an adapter's weights.
         expected: shape of every trained weight, by the name it has in the file.
+        dtype: of the trained weights.
+        learnt: whether the model's own B is not zero any more, so that the file's must not be.
 
     Raises:
-        MedtrainError: a weight is missing, empty, of another shape, no number, or not float32; or
-            every B is zero.
+        MedtrainError: a weight is missing, empty, of another shape or dtype, or no number; or every
+            B is zero.
     """
     weights = load_file(path / WEIGHTS_FILE)
     for name, shape in expected.items():
@@ -140,8 +155,12 @@ def check_adapter(path: Path, expected: Mapping[str, torch.Size]) -> None:
     for name, weight in weights.items():
         if name not in expected:
             raise _unsound(path, f"{name} is not a weight of the adapter")
+        if weight.dtype != dtype:
+            raise _unsound(path, f"{name} is {weight.dtype}, not {dtype}")
         if not bool(torch.isfinite(weight).all()):
             raise _unsound(path, f"{name} holds numbers that are none")
+    if learnt and not any(bool(w.any()) for name, w in weights.items() if "lora_B" in name):
+        raise _unsound(path, "every B is zero, as before the first step")
     least = sum(math.prod(shape) for shape in expected.values()) * 2
     if (path / WEIGHTS_FILE).stat().st_size < least:
         raise _unsound(path, f"{WEIGHTS_FILE} is smaller than its weights")

@@ -1,8 +1,9 @@
-"""Direct preference optimisation: the SFT adapter learns to prefer the better answers.
+"""The stage `dpo`: the SFT adapter learns to prefer the better answers.
 
-preference pairs and the reference's log probabilities of them → token ids → the base as in SFT, the
-SFT adapter on it, trainable → checked: before a step, policy and reference agree → TRL's DPOTrainer
-→ dpo/adapter and logs/dpo.metrics.jsonl.
+`dpo.method` → how: direct preference optimisation (here), or one of the modules beside this one →
+medtrain.train.preference_stage, which is the same for all. DPO: pairs and the reference's log
+probabilities of them → checked: before a step, policy and reference agree → TRL's DPOTrainer, with
+the loss that `dpo.loss_type` names.
 """
 
 from __future__ import annotations
@@ -11,20 +12,21 @@ from typing import Any
 
 from medtrain.config import RunConfig
 from medtrain.console import Console
-from medtrain.data.tokenizer import load_chat_tokenizer
 from medtrain.run import Run
-from medtrain.train.adapter import attach_adapter, read_weights
 from medtrain.train.feeding import feed_preferences, pair_collate
-from medtrain.train.fit import Fit
-from medtrain.train.model import load_base, packs
+from medtrain.train.kto import kto
+from medtrain.train.orpo import orpo
+from medtrain.train.preference_stage import Method, Prepared, train_preferences
 from medtrain.train.reference import read_reference
-from medtrain.train.rows import dpo_rows, tell_counts
-from medtrain.train.trainer_settings import dpo_settings, make_plan, strategy_here
+from medtrain.train.rejection import rejection
+from medtrain.train.rows import dpo_rows
+from medtrain.train.step import Fed
+from medtrain.train.trainer_settings import dpo_settings
 from medtrain.train.trainers import PreferenceTrainer
 
 
 def train_dpo(run: Run, config: RunConfig, console: Console) -> dict[str, Any]:
-    """Train the DPO adapter, or go on with it; returns counts and losses.
+    """Train the DPO adapter by `dpo.method`, or go on with it; returns counts and losses.
 
     Raises:
         ConfigError: optimiser or trainer fields are wrong, the GPU is too small, or the checkpoints
@@ -35,35 +37,22 @@ def train_dpo(run: Run, config: RunConfig, console: Console) -> dict[str, Any]:
         MedtrainError: policy and reference differ at the start, the loss is no number, or nothing
             was learnt.
     """
-    chat = load_chat_tokenizer(run)
-    rows = dpo_rows(run, config, chat)
-    tell_counts(rows.counts, "dpo", console)
-    packed = packs(run, config, "dpo")
-    plan = make_plan(config.dpo, len(rows.train), strategy_here())
-    fit = Fit(run, config, "dpo", chat, plan, console)
-    with fit.stop.listening():
-        # Before the settings, which tell libraries of DeepSpeed: it shards a model that is whole.
-        base = load_base(
-            run, config, chat, quantized=config.model.quantization == "nf4", packed=packed
-        )
-        model = attach_adapter(base, run.adapter("sft"), trainable=True)
-        settings = dpo_settings(
-            run, config, plan, validated=rows.validation is not None, console=console
-        )
-        trainer = PreferenceTrainer(
-            model=model,
-            plan=plan,
-            args=settings,
-            train_dataset=rows.train.dataset,
-            eval_dataset=rows.validation.dataset if rows.validation else None,
-            processing_class=chat.tokenizer,
-        )
-        collate = pair_collate(chat.pad_token_id, packed=packed)
-        reference = read_reference(run, config)
-        fed = feed_preferences(
-            rows, config.dpo, plan, reference, seed=config.seed, collate=collate, packed=packed
-        )
-        fit.feed(trainer, fed)
-        trainer.check_start()
-        before = read_weights(run.adapter("sft"))
-        return {**rows.counts.to_json(), **fit.train(trainer, before=before)}
+    methods = {"dpo": dpo, "orpo": orpo, "kto": kto, "rejection": rejection}
+    return train_preferences(run, config, console, methods[config.dpo.method]())
+
+
+def dpo() -> Method:
+    """Direct preference optimisation (https://arxiv.org/abs/2305.18290), with any of its losses."""
+    return Method(dpo_rows, dpo_settings, PreferenceTrainer, _feed, checked=True)
+
+
+def _feed(stage: Prepared) -> Fed:
+    return feed_preferences(
+        stage.rows,
+        stage.section,
+        stage.plan,
+        read_reference(stage.run, stage.config),
+        seed=stage.config.seed,
+        collate=pair_collate(stage.chat.pad_token_id, packed=stage.packed),
+        packed=stage.packed,
+    )

@@ -115,15 +115,31 @@ def _evaluation(part: Part, section: TrainingConfig, plan: Plan, *, packed: bool
 def _with_reference(part: Part, reference: Reference | None) -> Any:
     if reference is None:
         return part.dataset
-    missing = [row for row in part.ids if row not in reference]
+    columns = ("ref_chosen_logps", "ref_rejected_logps")
+    return with_sums(part.dataset, part.ids, reference, columns)
+
+
+def with_sums(
+    dataset: Any, ids: Sequence[str], reference: Reference, columns: tuple[str, str]
+) -> Any:
+    """A dataset with the reference's sums as two more columns.
+
+    Args:
+        dataset: of one row for each of `ids`.
+        ids: that `reference` knows the sums by.
+        reference: sums of the first and of the second answer.
+        columns: their names.
+
+    Raises:
+        DataError: the reference lacks a pair.
+    """
+    missing = [row for row in ids if row not in reference]
     if missing:
         raise DataError(
-            f"The reference has no log probabilities of {len(missing)} of {len(part)} pairs, such "
+            f"The reference has no log probabilities of {len(missing)} of {len(ids)} pairs, such "
             f"as {missing[0]}",
             fix="Compute it again: medtrain run CONFIG --only reference --force reference.",
         )
-    columns: Sequence[str] = ("ref_chosen_logps", "ref_rejected_logps")
-    dataset = part.dataset
     for side, column in enumerate(columns):
-        dataset = dataset.add_column(column, [reference[row][side] for row in part.ids])
+        dataset = dataset.add_column(column, [reference[row][side] for row in ids])
     return dataset

@@ -1,7 +1,7 @@
 """What a loss or a gradient that is no number does: a few are left out, more stop the training.
 
 loss of a forward pass → finite in all processes? → else the pass counts for nothing: its loss is
-that of the last good one times zero, so that gradients are zeros and every process still takes part
+that of a good one times zero, so that gradients are zeros and every process still takes part
 in what the others do. A loss far above those before it counts as bad too, but is not left out.
 After `max_bad_batches` training stops and names the rows.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -48,7 +48,7 @@ class LossGuard:
         self,
         loss: torch.Tensor,
         rows: Sequence[int],
-        instead: Callable[[], torch.Tensor] | None,
+        instead: Callable[[], torch.Tensor],
         step: int,
     ) -> torch.Tensor:
         """The loss, or a zero that can be differentiated where it is no number in any process.
@@ -56,7 +56,7 @@ class LossGuard:
         Args:
             loss: of this process's forward pass.
             rows: that it had.
-            instead: computes the loss of a batch known to be good; None where there is none yet.
+            instead: computes the loss of another batch, one known to be good if there is any.
             step: for the message.
 
         Raises:
@@ -65,12 +65,14 @@ class LossGuard:
         if not any_process(not bool(torch.isfinite(loss)), self._device):
             return loss
         self._note(rows, step, f"The loss was no number in {{}} batches of {self._stage}")
-        if instead is None:
-            raise self._stop(step, f"The first loss of {self._stage} is no number")
-        good = instead()
-        if any_process(not bool(torch.isfinite(good)), self._device):
-            raise self._stop(step, f"The weights of {self._stage} have become no numbers")
-        return good * 0.0
+        other = instead()
+        if any_process(not bool(torch.isfinite(other)), self._device):
+            raise self._stop(
+                step,
+                f"The weights of {self._stage} have become no numbers" if step > 1
+                else f"The first losses of {self._stage} are no numbers",
+            )  # fmt: skip
+        return other * 0.0
 
     def step_done(self, loss: float, rows: Sequence[int], step: int) -> None:
         """Look at the mean loss of a step, which must be the same in all processes.
@@ -92,6 +94,15 @@ class LossGuard:
             MedtrainError: there were too many.
         """
         self._note(rows, step, f"The gradient was no number in {{}} steps of {self._stage}")
+
+    def sums(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, so that a resumed training is as patient as this one."""
+        return {"bad": self.bad, "bad_rows": self._bad_rows, "losses": list(self._losses)}
+
+    def restore(self, sums: Mapping[str, Any]) -> None:
+        """Go on from `sums`."""
+        self.bad, self._bad_rows = sums["bad"], list(sums["bad_rows"])
+        self._losses.extend(sums["losses"])
 
     def _note(self, rows: Sequence[int], step: int, what: str) -> None:
         self.bad += 1

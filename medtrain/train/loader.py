@@ -58,22 +58,51 @@ def preference_batch(pad_token_id: int, *, packed: bool) -> Collate:
     """Collate preference pairs for DPOTrainer's loss: chosen answers, then the rejected ones."""
 
     def collate(rows: Sequence[dict[str, Any]]) -> Inputs:
-        answers = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids")
-                   for row in rows]  # fmt: skip
-        input_ids = _padded([prompt + answer for prompt, answer in answers], pad_token_id)
-        completion = _padded([[0] * len(p) + [1] * len(a) for p, a in answers], 0)
-        mask = _padded([[1] * (len(p) + len(a)) for p, a in answers], 0)
-        inputs: Inputs = {
-            "input_ids": input_ids,
-            "attention_mask": mask,
-            "completion_mask": completion,
-        }
+        inputs = _answers(rows, ("chosen_ids", "rejected_ids"), pad_token_id, packed)
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in rows[0]:
-                inputs[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
-        return _with_packed(inputs, input_ids.masked_fill(completion == 0, IGNORED), packed)
+                inputs[name] = _sums(rows, name)
+        return inputs
 
     return collate
+
+
+def unpaired_batch(pad_token_id: int, *, packed: bool) -> Collate:
+    """Collate preference pairs for KTOTrainer's loss: each answer is an example of its own.
+
+    `mismatched` holds the same prompts with answers to others, for the estimate of the divergence.
+    """
+
+    def collate(rows: Sequence[dict[str, Any]]) -> Inputs:
+        inputs = _answers(rows, ("chosen_ids", "rejected_ids"), pad_token_id, packed)
+        other = _answers(rows, ("other_chosen_ids", "other_rejected_ids"), pad_token_id, packed)
+        inputs["label"] = torch.tensor([True] * len(rows) + [False] * len(rows))
+        inputs["ref_logps"] = _sums(rows, "ref_chosen_logps", "ref_rejected_logps")
+        other["ref_logps"] = _sums(rows, "ref_other_chosen_logps", "ref_other_rejected_logps")
+        return {**inputs, "mismatched": other}
+
+    return collate
+
+
+def _answers(
+    rows: Sequence[dict[str, Any]], sides: Sequence[str], pad_token_id: int, packed: bool
+) -> Inputs:
+    """The rows' prompts with the answers of the first side, then with those of the others."""
+    answers = [(row["prompt_ids"], row[side]) for side in sides for row in rows]
+    input_ids = _padded([prompt + answer for prompt, answer in answers], pad_token_id)
+    completion = _padded([[0] * len(p) + [1] * len(a) for p, a in answers], 0)
+    mask = _padded([[1] * (len(p) + len(a)) for p, a in answers], 0)
+    inputs: Inputs = {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "completion_mask": completion,
+    }
+    return _with_packed(inputs, input_ids.masked_fill(completion == 0, IGNORED), packed)
+
+
+def _sums(rows: Sequence[dict[str, Any]], *names: str) -> torch.Tensor:
+    """Columns of sums one after another, (names x rows,)."""
+    return torch.tensor([row[name] for name in names for row in rows], dtype=torch.float32)
 
 
 def _with_packed(inputs: Inputs, labels: torch.Tensor, packed: bool) -> Inputs:

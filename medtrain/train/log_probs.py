@@ -1,9 +1,9 @@
 """What a model makes of answers: the log-probability of each, in nats.
 
-(prompt, answer) rows of one batch → passes of similar length with a bounded number of tokens → the
-model's body → the hidden states that predict answer tokens, and no others → TRL's fused output
-layer, which never holds the logits of a whole pass → float64 sums. It is the arithmetic of TRL's
-DPO losses, so that a policy that has learnt nothing yet agrees with its reference.
+(prompt, answer) rows of one batch → forward passes of a bounded number of tokens, packed without
+padding where the model can (medtrain.train.packed), else of similar length → TRL's fused output
+layer, which never holds the logits of a pass → float64 sums. It is the arithmetic of TRL's DPO
+losses, so that a policy that has learnt nothing yet agrees with its reference.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from trl.trainer.utils import add_fused_lm_head
+
+from medtrain.train.packed import PackedForward, pack, select_supervised
+from medtrain.train.rows import IGNORED
 
 TOKENS_A_PASS = 8_192
 """Of a forward pass, padding included; a row that is longer goes alone."""
@@ -35,18 +39,18 @@ class Row(NamedTuple):
 class AnswerScorer:
     """A causal language model, with or without an adapter, that tells how likely answers are."""
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, *, packed: bool) -> None:
         """Take over a model in evaluation mode.
 
         Args:
-            model: its output layer is replaced by TRL's fused one.
+            model: gets TRL's fused output layer beside its own.
             dtype: of computation; below float32 it is autocast's, as in training.
+            packed: it was loaded with an attention that keeps rows of one sequence apart.
         """
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         add_fused_lm_head(causal)
-        causal.base_model.register_forward_hook(self._keep_what_predicts)
-        self._model, self._dtype = causal, dtype
-        self._predicts: torch.Tensor | None = None
+        select_supervised(causal.base_model)
+        self._model, self._dtype, self._packed = causal, dtype, packed
 
     def sums(self, rows: Sequence[Row]) -> list[float]:
         """The log-probability of each row's answer given its prompt, in nats; 0 for no answer.
@@ -55,61 +59,63 @@ class AnswerScorer:
         """
         found = [0.0] * len(rows)
         scored = [i for i, row in enumerate(rows) if row.answer_ids]
-        for places in passes([rows[i].length for i in scored]):
+        for places in passes([rows[i].length for i in scored], padded=not self._packed):
             taken = [scored[place] for place in places]
             for i, nats in zip(taken, self._pass([rows[i] for i in taken]), strict=True):
                 found[i] = nats
         return found
 
     def _pass(self, rows: Sequence[Row]) -> list[float]:
-        tokens, present, predicts = _padded(rows)
         device = self._model.device
-        answers = torch.tensor([token for row in rows for token in row.answer_ids])
-        self._predicts = predicts.to(device)
-        try:
-            with (
-                torch.inference_mode(),
-                torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32),
-            ):
-                log_probs = self._model(
+        tokens, present, labels = _padded(rows)
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32),
+        ):
+            if self._packed:
+                places = send_to_device(pack(present, labels), device)
+                outputs = PackedForward(self._model)(input_ids=tokens.to(device), packed=places)
+            else:
+                outputs = self._model(
                     input_ids=tokens.to(device),
                     attention_mask=present.to(device),
-                    shift_labels=answers[None].to(device),  # (1, answer tokens of all rows)
+                    labels=labels.to(device),
                     fused_lm_head=True,
-                ).log_probs
-        finally:
-            self._predicts = None
-        by_row = log_probs[0].double().cpu().split([len(row.answer_ids) for row in rows])
-        return [float(row.sum()) for row in by_row]
-
-    def _keep_what_predicts(self, module: Any, inputs: Any, outputs: Any) -> Any:
-        if self._predicts is not None:
-            # (rows, length, hidden) → (1, answer tokens of all rows, hidden)
-            outputs.last_hidden_state = outputs.last_hidden_state[self._predicts][None]
-        return outputs
+                )
+        # (rows, length - 1), 0 where no answer token is predicted
+        sums: list[float] = outputs.log_probs.double().sum(dim=1).tolist()
+        return sums
 
 
-def passes(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Places of rows of similar length, whose padded tokens stay within `TOKENS_A_PASS`."""
+def passes(lengths: Sequence[int], *, padded: bool) -> Iterator[list[int]]:
+    """Places of rows of similar length that take at most `TOKENS_A_PASS` tokens together.
+
+    Args:
+        lengths: tokens of each row.
+        padded: whether a row takes as many as the longest one of its pass.
+    """
     together: list[int] = []
+    taken = 0
     for place in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        # The row at hand is the longest so far: all rows of its pass are padded to it.
-        if together and (len(together) + 1) * lengths[place] > TOKENS_A_PASS:
+        # The row at hand is the longest so far.
+        wanted = (len(together) + 1) * lengths[place] if padded else taken + lengths[place]
+        if together and wanted > TOKENS_A_PASS:
             yield together
-            together = []
+            together, wanted = [], lengths[place]
         together.append(place)
+        taken = wanted
     if together:
         yield together
 
 
 def _padded(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids, where there are tokens, and where an answer token is predicted, (rows, length)."""
+    """Token ids, where there are tokens, and the answers' as labels; all (rows, length)."""
     longest = max(row.length for row in rows)
     tokens = torch.full((len(rows), longest), _PADDING, dtype=torch.long)
     present = torch.zeros_like(tokens)
-    predicts = torch.zeros(tokens.shape, dtype=torch.bool)
+    labels = torch.full_like(tokens, IGNORED)
     for place, row in enumerate(rows):
         tokens[place, : row.length] = torch.tensor([*row.prompt_ids, *row.answer_ids])
         present[place, : row.length] = 1
-        predicts[place, len(row.prompt_ids) - 1 : row.length - 1] = True
-    return tokens, present, predicts
+        labels[place, len(row.prompt_ids) : row.length] = torch.tensor(row.answer_ids)
+    return tokens, present, labels

@@ -59,7 +59,8 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.getsignal(number) for number in SIGNALS}
+        # None: a handler that is not Python's, and that Python cannot bring back.
+        before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
 
         def told(number: int, frame: FrameType | None) -> None:
             self._asked = True

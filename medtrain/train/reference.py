@@ -4,7 +4,8 @@ preferences.jsonl + sft/adapter → token ids as DPO trains on them → shards �
 line a pair, `{"id", "chosen", "rejected", "chosen_tokens", "rejected_tokens"}`, the first two in
 nats, summed over the answer's tokens; null where DPO leaves the pair out. DPO compares the trained
 model with these; they do not move with its learning rate, its beta or its loss, so they are
-computed once, before it, and by as many GPUs as there are shards.
+computed once, before it, and by as many GPUs as there are shards. KTO compares the same of answers
+to other prompts as well: lines of their own, whose ids medtrain.train.mismatch makes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from medtrain.errors import ConfigError, DataError, MedtrainError
 from medtrain.files import digest_of, read_jsonl, sha256_file, write_jsonl
 from medtrain.run import Run
 from medtrain.shards import Drive, Phase, Request, ShardSet, closing_sets, run_here
+from medtrain.train.mismatch import Answered, is_mismatched, mismatched, mismatched_id
 
 if TYPE_CHECKING:
     from medtrain.data.chat import ChatTokenizer
@@ -145,17 +147,37 @@ def score_pairs(
 
 
 def _requests(run: Run, config: RunConfig, chat: ChatTokenizer) -> list[Request]:
-    """A request a pair; what it costs is how much the model reads."""
+    """A request a pair; for KTO, one more with the answers to another prompt."""
     from medtrain.train.rows import encode_pair
 
-    requests = []
+    requests: list[Request] = []
+    usable: dict[str, Answered] = {}
     for preference in read_preferences(run.preferences):
         pair = encode_pair(preference, chat, config.dpo.max_length)
-        chosen, rejected = (pair.chosen_ids, pair.rejected_ids) if pair.is_usable else ([], [])
-        tokens = 2 * len(pair.prompt_ids) + len(chosen) + len(rejected) if pair.is_usable else 0
-        payload = {"prompt": pair.prompt_ids, "chosen": chosen, "rejected": rejected}
-        requests.append(Request(preference.id, payload, cost=tokens, prompt_tokens=tokens))
+        if pair.is_usable:
+            usable[preference.id] = Answered(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        requests.append(
+            _request(preference.id, usable.get(preference.id, Answered(pair.prompt_ids, [], [])))
+        )
+    if config.dpo.method == "kto":
+        others = mismatched(list(usable.values()), config.dpo.max_length)
+        requests += [
+            _request(mismatched_id(row_id), other)
+            for row_id, other in zip(usable, others, strict=True)
+        ]
     return requests
+
+
+def _request(row_id: str, pair: Answered) -> Request:
+    """What it costs is how much the model reads."""
+    answers = len(pair.chosen_ids) + len(pair.rejected_ids)
+    tokens = 2 * len(pair.prompt_ids) + answers if answers else 0
+    payload = {
+        "prompt": pair.prompt_ids,
+        "chosen": pair.chosen_ids,
+        "rejected": pair.rejected_ids,
+    }
+    return Request(row_id, payload, cost=tokens, prompt_tokens=tokens)
 
 
 def _settings(run: Run, config: RunConfig, chat: ChatTokenizer) -> dict[str, Any]:
@@ -163,6 +185,8 @@ def _settings(run: Run, config: RunConfig, chat: ChatTokenizer) -> dict[str, Any
 
     Template, `dpo.max_length` and preferences show in the token ids.
     """
+    from medtrain.train.model import packs
+
     model, nf4 = config.model, config.model.quantization == "nf4"
     return {
         "base": _base_digest(run, config),
@@ -171,6 +195,7 @@ def _settings(run: Run, config: RunConfig, chat: ChatTokenizer) -> dict[str, Any
         "quantization": [model.quantization, nf4 and model.double_quantization],
         "dtype": model.dtype,
         "attention": model.attention,
+        "packed": packs(run, config, "dpo"),
     }
 
 
@@ -202,13 +227,14 @@ class _Reference:
 
     def load(self) -> AnswerScorer:
         from medtrain.train.log_probs import AnswerScorer
-        from medtrain.train.model import attach_adapter, compute_dtype, load_base
+        from medtrain.train.model import attach_adapter, compute_dtype, load_base, packs
 
         if self._scorer is None:
-            nf4 = self._config.model.quantization == "nf4"
-            base = load_base(self._run, self._config, self._chat, quantized=nf4)
-            adapted = attach_adapter(base, self._run.adapter("sft"))
-            self._scorer = AnswerScorer(adapted, compute_dtype(self._config))
+            run, config = self._run, self._config
+            nf4, packed = config.model.quantization == "nf4", packs(run, config, "dpo")
+            base = load_base(run, config, self._chat, quantized=nf4, packed=packed)
+            adapted = attach_adapter(base, run.adapter("sft"))
+            self._scorer = AnswerScorer(adapted, compute_dtype(config), packed=packed)
         return self._scorer
 
     def release(self) -> None:
@@ -236,6 +262,7 @@ def _counts(run: Run) -> dict[str, Any]:
             fix="Give the jobs more (cluster.stages.reference.mem_gb), or lower dpo.max_length; "
             f"then: medtrain run {run.config} --only reference --force reference",
         )
+    lines = [line for line in lines if not is_mismatched(line["id"])]
     scored = [line for line in lines if line["chosen"] is not None]
     return {
         "pairs": len(lines),

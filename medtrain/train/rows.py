@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label of a token without loss."""
+PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+"""Of a dataset of preference pairs."""
 _ROWS_AT_A_TIME = 2_000
 
 
@@ -40,7 +42,8 @@ class Counts:
     cut_rows: int = 0
     """Longer than `max_length`: the end was cut off."""
     unusable_rows: int = 0
-    """Without a token to learn from inside `max_length`, or a pair of equal answers."""
+    """Without a token to learn from inside `max_length`, or a pair of equal answers, or one whose
+    prompt has no answer that is preferred to all others."""
     answerless_rows: int = 0
     """Those of the unusable whose prompt alone takes up `max_length`."""
 
@@ -76,7 +79,7 @@ class Rows:
     counts: Counts
 
 
-class _Row(NamedTuple):
+class EncodedRow(NamedTuple):
     """A row on its way from a file into a part."""
 
     key: str
@@ -95,7 +98,7 @@ def sft_rows(run: Run, config: RunConfig, chat: ChatTokenizer) -> Rows:
     """
     counts = Counts()
     encoded = _encode_examples(read_examples(run.train_rows), config, chat, counts)
-    rows = _split(encoded, ("input_ids", "labels"), config.sft.validation_fraction, counts)
+    rows = split_rows(encoded, ("input_ids", "labels"), config.sft.validation_fraction, counts)
     if not counts.train_rows:
         raise DataError(
             f"{run.train_rows} has no row to train on"
@@ -113,9 +116,18 @@ def dpo_rows(run: Run, config: RunConfig, chat: ChatTokenizer) -> Rows:
         DataError: there is no pair to train on.
     """
     counts = Counts()
-    encoded = _encode_preferences(read_preferences(run.preferences), config, chat, counts)
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-    rows = _split(encoded, columns, config.dpo.validation_fraction, counts)
+    encoded = encode_preferences(read_preferences(run.preferences), config, chat, counts)
+    rows = split_rows(encoded, PAIR_COLUMNS, config.dpo.validation_fraction, counts)
+    refuse_no_pairs(run, counts)
+    return rows
+
+
+def refuse_no_pairs(run: Run, counts: Counts) -> None:
+    """Say clearly that the preferences hold nothing to train on.
+
+    Raises:
+        DataError: there is no row.
+    """
     if not counts.train_rows:
         raise DataError(
             f"{run.preferences} has no preference pair to train on"
@@ -125,7 +137,6 @@ def dpo_rows(run: Run, config: RunConfig, chat: ChatTokenizer) -> Rows:
             "more prompts (data.preference_fraction), more samples (generate.num_samples), a "
             "higher generate.temperature, or another judge.",
         )  # fmt: skip
-    return rows
 
 
 def tell_counts(counts: Counts, stage: str, console: Console) -> None:
@@ -153,7 +164,7 @@ def is_validation(key: str, fraction: float) -> bool:
 
 def _encode_examples(
     examples: Iterator[Example], config: RunConfig, chat: ChatTokenizer, counts: Counts
-) -> Iterator[_Row]:
+) -> Iterator[EncodedRow]:
     longest = config.sft.max_length
     while batch := list(islice(examples, _ROWS_AT_A_TIME)):
         encoded = chat.encode_many([list(e.messages) for e in batch], config.sft.loss_on)
@@ -170,24 +181,25 @@ def _encode_examples(
                 counts.unusable_rows += 1
             else:
                 # By question: another answer to it on the other side would flatter the validation.
-                yield _Row(example.question, example.id, (ids, labels), len(ids), supervised)
+                yield EncodedRow(example.question, example.id, (ids, labels), len(ids), supervised)
 
 
-def _encode_preferences(
-    preferences: Iterator[Preference], config: RunConfig, chat: ChatTokenizer, counts: Counts
-) -> Iterator[_Row]:
+def encode_preferences(
+    preferences: Iterable[Preference], config: RunConfig, chat: ChatTokenizer, counts: Counts
+) -> Iterator[EncodedRow]:
+    """The usable pairs, with columns as `PAIR_COLUMNS` has them; the others are counted."""
     for preference in preferences:
         pair = encode_pair(preference, chat, config.dpo.max_length)
         if not pair.is_usable:
             counts.unusable_rows += 1
-            counts.answerless_rows += not pair.chosen_ids
+            counts.answerless_rows += not (pair.chosen_ids or pair.rejected_ids)
             continue
         counts.cut_rows += pair.was_cut
         # Pairs of one prompt stay together: a prompt on both sides would flatter the validation.
         key = canonical_json(list(preference.prompt))
         columns = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
         answers = len(pair.chosen_ids) + len(pair.rejected_ids)
-        yield _Row(key, preference.id, columns, 2 * len(pair.prompt_ids) + answers, answers)
+        yield EncodedRow(key, preference.id, columns, 2 * len(pair.prompt_ids) + answers, answers)
 
 
 class EncodedPair(NamedTuple):
@@ -202,7 +214,7 @@ class EncodedPair(NamedTuple):
     @property
     def is_usable(self) -> bool:
         """Whether anything can be learnt from it: its answers are there, and differ."""
-        return self.chosen_ids != self.rejected_ids
+        return bool(self.chosen_ids and self.rejected_ids) and self.chosen_ids != self.rejected_ids
 
 
 def encode_pair(pair: Preference, chat: ChatTokenizer, max_length: int) -> EncodedPair:
@@ -219,9 +231,19 @@ def encode_pair(pair: Preference, chat: ChatTokenizer, max_length: int) -> Encod
     return EncodedPair(row.prompt_ids, chosen[:room], rejected[:room], was_cut)
 
 
-def _split(rows: Iterable[_Row], columns: Sequence[str], fraction: float, counts: Counts) -> Rows:
-    train: list[_Row] = []
-    validation: list[_Row] = []
+def split_rows(
+    rows: Iterable[EncodedRow], columns: Sequence[str], fraction: float, counts: Counts
+) -> Rows:
+    """Tell training and validation rows apart, and count them.
+
+    Args:
+        rows: with as many columns as `columns` names.
+        columns: of the dataset.
+        fraction: share of the rows to validate on; of so few that none is left to train on, none.
+        counts: gets the numbers of both.
+    """
+    train: list[EncodedRow] = []
+    validation: list[EncodedRow] = []
     for row in rows:
         (validation if is_validation(row.key, fraction) else train).append(row)
     if not train:
@@ -230,7 +252,7 @@ def _split(rows: Iterable[_Row], columns: Sequence[str], fraction: float, counts
     return Rows(_part(train, columns), _part(validation, columns) if validation else None, counts)
 
 
-def _part(rows: Sequence[_Row], columns: Sequence[str]) -> Part:
+def _part(rows: Sequence[EncodedRow], columns: Sequence[str]) -> Part:
     features = Features({name: ListOf(Value("int32")) for name in columns})
     data = {name: [row.columns[i] for row in rows] for i, name in enumerate(columns)}
     return Part(

@@ -58,6 +58,8 @@ class StepTrainer:
     accelerator: Any
     train_dataset: Any
     current_gradient_accumulation_steps: int
+    _metrics: dict[str, Any]
+    _total_train_tokens: int
 
     def feed(self, fed: Fed, stop: StopRequest, guard: LossGuard, meter: SpeedMeter) -> None:
         """Take what training reads from, once TRL's constructor is through."""
@@ -66,7 +68,6 @@ class StepTrainer:
         """Whether training ended because it was asked to."""
         self._last_good: Forward | None = None
         self._current: Forward | None = None
-        self._retrying = False
 
     # Reading
 
@@ -150,36 +151,60 @@ class StepTrainer:
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
         """TRL's loss of a forward pass, packed where the inputs are; in training it is checked."""
-        loss = super().compute_loss(  # type: ignore[misc]
-            PackedForward(model), inputs, return_outputs, num_items_in_batch
-        )
-        if not self.model.training or self._retrying or self._current is None:
-            return loss
-        forward, good = self._current, self._last_good
+        computed = super().compute_loss  # type: ignore[misc]
+        packed = PackedForward(model)
+        if not self.model.training or self._current is None:
+            return computed(packed, inputs, return_outputs, num_items_in_batch)
+        forward = self._current
+        before = self._figures_known()
 
         def instead() -> torch.Tensor:
-            assert good is not None
-            again = self._prepare_inputs(dict(good.inputs))
-            self._retrying = True
-            try:
-                result: torch.Tensor = self.compute_loss(
-                    model, again, num_items_in_batch=num_items_in_batch
+            again = self._prepare_inputs(dict(self._good_forward(forward).inputs))
+            # Dropout's draws go on as if this had not been: it depends on what came before.
+            with torch.random.fork_rng(_gpus(self.args.device)):
+                result: torch.Tensor = computed(
+                    packed, again, num_items_in_batch=num_items_in_batch
                 )
-            finally:
-                self._retrying = False
             return result
 
-        checked = self.guard.checked(
-            loss, forward.rows, instead if good is not None else None, self.state.global_step + 1
-        )
+        loss = computed(packed, inputs, return_outputs, num_items_in_batch)
+        checked = self.guard.checked(loss, forward.rows, instead, self.state.global_step + 1)
         if checked is loss:
             self._last_good = forward
+        else:
+            self._forget_figures(*before)
         return checked
+
+    def _figures_known(self) -> tuple[dict[str, int], int]:
+        """How many figures of each kind TRL's loss has noted, and how many tokens."""
+        kept = self._metrics["train"]
+        return {name: len(figures) for name, figures in kept.items()}, self._total_train_tokens
+
+    def _forget_figures(self, known: dict[str, int], tokens: int) -> None:
+        """Forget what a batch that is left out has added: a mean with it would be no number."""
+        kept = self._metrics["train"]
+        for name in list(kept):
+            kept[name] = kept[name][: known.get(name, 0)]
+            if not kept[name]:
+                del kept[name]
+        if "num_tokens" in kept:
+            kept["num_tokens"] = [tokens]
+        self._total_train_tokens = tokens
+
+    def _good_forward(self, bad: Forward) -> Forward:
+        """The last one whose loss was a number; before there is one, that of a row outside."""
+        if self._last_good is not None:
+            return self._last_good
+        rows = (row for row in range(len(self.fed.dataset)) if row not in bad.rows)
+        return forward_of(self.fed.dataset, [next(rows, 0)], self.fed.collate)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip, and leave out a gradient that is no number, as long as the guard allows it."""
         norm = super()._clip_grad_norm(model)  # type: ignore[misc]
         if norm is not None and not bool(torch.isfinite(torch.as_tensor(norm))):
+            scaler = self.accelerator.scaler
+            if scaler is not None and scaler.get_scale() > 1:
+                return norm  # float16: the scaler leaves the step out and scales losses less
             self.guard.bad_gradient(self._rows_of_step, self.state.global_step + 1)
             if self._is_deepspeed:
                 raise MedtrainError(
@@ -231,6 +256,10 @@ class StepTrainer:
             metrics={f"{metric_key_prefix}_loss": float(total[0] / total[1])},
             num_samples=rows,
         )
+
+
+def _gpus(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -33,6 +33,8 @@ _NAMES = {
     "rewards/rejected": "rewards_rejected",
     "logps/chosen": "logps_chosen",
     "logps/rejected": "logps_rejected",
+    "kl": "kl",
+    "nll_loss": "nll_loss",
 }
 """The trainer's names of the figures we keep, and ours."""
 
@@ -44,7 +46,9 @@ def metrics_line(logs: Mapping[str, Any], step: int) -> dict[str, Any] | None:
         return None
     line: dict[str, Any] = {"step": step, "epoch": round(logs.get("epoch", 0.0), 4), "kind": kind}
     for theirs, ours in _NAMES.items():
-        if (value := logs.get(prefix + theirs)) is not None:
+        value = logs.get(prefix + theirs)
+        # JSON has no word for the norm of a gradient that is no number.
+        if value is not None and (ours == "loss" or math.isfinite(value)):
             line[ours] = int(value) if ours == "tokens" else float(value)
     return line
 

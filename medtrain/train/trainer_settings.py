@@ -1,6 +1,6 @@
-"""From `sft:` and `dpo:` to the arguments of TRL's SFTConfig and DPOConfig.
+"""From `sft:` and `dpo:` to the arguments of TRL's SFTConfig, DPOConfig and KTOConfig.
 
-our section + number of rows + device → one dictionary that both share, then each one's own fields,
+our section + number of rows + device → one dictionary that all share, then each one's own fields,
 then `trainer:` as it is → the TRL config, with its complaints as ConfigError.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers.training_args import OptimizerNames
 from trl import DPOConfig as TrlDPOConfig
+from trl import KTOConfig as TrlKTOConfig
 from trl import SFTConfig as TrlSFTConfig
 
 from medtrain.config import RunConfig, TrainingConfig
@@ -81,6 +82,41 @@ def dpo_settings(
     }
     arguments = _shared(run, config, "dpo", plan, validated, console)
     return _checked(TrlDPOConfig, {**arguments, **own, **section.trainer}, "dpo")
+
+
+def kto_settings(
+    run: Run, config: RunConfig, plan: Plan, *, validated: bool, console: Console
+) -> Any:
+    """KTOConfig for rows that are token ids already.
+
+    Raises:
+        ConfigError: TRL refuses a value.
+    """
+    section = config.dpo
+    own = {
+        "max_length": section.max_length,
+        "beta": section.beta,
+        "desirable_weight": section.desirable_weight,
+        "undesirable_weight": section.undesirable_weight,
+        # In examples, two of each pair: TRL refuses a batch of one, which has no mismatched pair.
+        "per_device_train_batch_size": 2 * section.batch_size,
+    }
+    arguments = _shared(run, config, "dpo", plan, validated, console)
+    return _checked(TrlKTOConfig, {**arguments, **own, **section.trainer}, "dpo")
+
+
+def rejection_settings(
+    run: Run, config: RunConfig, plan: Plan, *, validated: bool, console: Console
+) -> Any:
+    """SFTConfig for the stage `dpo`, where it fine-tunes on the best answers.
+
+    Raises:
+        ConfigError: TRL refuses a value.
+    """
+    section = config.dpo
+    own = {"max_length": section.max_length, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    arguments = _shared(run, config, "dpo", plan, validated, console)
+    return _checked(TrlSFTConfig, {**arguments, **own, **section.trainer}, "dpo")
 
 
 def _shared(

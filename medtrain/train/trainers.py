@@ -36,7 +36,11 @@ from medtrain.train.checkpoints import Plan
 from medtrain.train.packed import PackedForward, select_supervised
 from medtrain.train.step import EvaluationStoppedError, StepTrainer
 from medtrain.train.telemetry import tokens_seen
-from medtrain.train.zero3 import keep_token_layers_whole
+from medtrain.train.zero3 import (
+    keep_token_layers_whole,
+    let_trl_meet_merged_weights,
+    still_whole,
+)
 
 _LITTLE_SPACE = 64 * 2**20
 _STAGE3 = 3
@@ -80,7 +84,13 @@ class AdapterTrainer(StepTrainer):
 
     def _finish_checkpoint(self, path: Path, evaluated: bool) -> None:
         step = self.state.global_step
-        checkpoints.check_adapter(path, adapter_shapes(self.model))
+        trained = dict(trainable_parameters(self.model))
+        checkpoints.check_adapter(
+            path,
+            adapter_shapes(self.model),
+            dtype=next(iter(trained.values())).dtype,
+            learnt=any(bool(_mine(p).any()) for name, p in trained.items() if "lora_B" in name),
+        )
         ended = self.control.should_training_stop or step >= self.state.max_steps
         checkpoints.complete(
             path, step=step, finished=ended and evaluated, evaluated=evaluated, plan=self.plan
@@ -111,6 +121,7 @@ class AdapterTrainer(StepTrainer):
             "since_step": self._globalstep_last_logged,
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "tokens": self._total_train_tokens,
+            "guard": self.guard.sums(),
         }
 
     def restore_sums(self, path: Path) -> None:
@@ -121,6 +132,7 @@ class AdapterTrainer(StepTrainer):
             self._globalstep_last_logged = sums["since_step"]
             self._metrics["train"].update(sums["metrics"])
             self._total_train_tokens = sums["tokens"]
+            self.guard.restore(sums["guard"])
 
     def _sums_file(self, path: Path) -> Path:
         return path / f"sums_{self.args.process_index}.json"
@@ -153,26 +165,31 @@ class AdapterTrainer(StepTrainer):
 class SupervisedTrainer(AdapterTrainer, SFTTrainer):  # type: ignore[misc]
     """SFT on rows of `input_ids` and `labels`."""
 
-    def __init__(self, *, model: Any, plan: Plan, **kwargs: Any) -> None:
-        with weights_kept(model), refusals_said("sft"):
+    def __init__(self, *, model: Any, plan: Plan, stage: Trained = "sft", **kwargs: Any) -> None:
+        with weights_kept(model), refusals_said(stage):
             super().__init__(model=model, **kwargs)
         make_ready(self, plan)
 
 
-class PreferenceTrainer(AdapterTrainer, DPOTrainer):  # type: ignore[misc]
-    """DPO on rows of `prompt_ids`, `chosen_ids`, `rejected_ids` and the reference's sums."""
+class AnswerTrainer(AdapterTrainer):
+    """What trainers of TRL share that take answers as token ids, with the reference's sums."""
+
+    precompute_ref_logps: bool
 
     def __init__(self, *, model: Any, plan: Plan, **kwargs: Any) -> None:
-        with weights_kept(model), refusals_said("dpo"):
-            super().__init__(model=model, **kwargs)
+        with weights_kept(model), refusals_said("dpo"), still_whole():
+            super().__init__(model=model, **kwargs)  # type: ignore[call-arg]
         drop_reference(model)
+        # Said afterwards: TRL's constructor would read every weight to name what it computes.
+        self.precompute_ref_logps = True
         make_ready(self, plan)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
 
-    def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return dataset
+    def _reference(self, inputs: Any) -> torch.Tensor:
+        """The reference's sums that came with the inputs, (answers,)."""
+        return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
 
     def check_start(self) -> None:
         """Compare policy and reference on a few rows: before a step they are one model.
@@ -182,7 +199,7 @@ class PreferenceTrainer(AdapterTrainer, DPOTrainer):  # type: ignore[misc]
         """
         first = range(min(self.args.per_device_eval_batch_size, len(self.fed.dataset)))
         inputs = self._prepare_inputs(self.fed.collate([self.fed.dataset[i] for i in first]))
-        reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        reference = self._reference(inputs)
         policy = self._log_probabilities(inputs)
         gap = float((policy - reference).abs().max())
         # Sums over hundreds of tokens: float32 keeps 7 digits of them, bfloat16 3.
@@ -198,7 +215,7 @@ class PreferenceTrainer(AdapterTrainer, DPOTrainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _log_probabilities(self, inputs: Any) -> torch.Tensor:
-        """Log probabilities of the answers under the policy, (2 x rows,), without dropout."""
+        """Log probabilities of the answers under the policy, (answers,), without dropout."""
         was_training = self.model.training
         self.model.eval()
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
@@ -213,10 +230,16 @@ class PreferenceTrainer(AdapterTrainer, DPOTrainer):  # type: ignore[misc]
         return sums
 
 
+class PreferenceTrainer(AnswerTrainer, DPOTrainer):  # type: ignore[misc]
+    """DPO on rows of `prompt_ids`, `chosen_ids`, `rejected_ids` and the reference's sums."""
+
+
 def make_ready(trainer: Any, plan: Plan) -> None:
     """What all trainers need once TRL's constructor is through."""
     trainer.plan = plan
     trainer.remove_callback(PrinterCallback)
+    if trainer._is_deepspeed and trainer._zero_stage == _STAGE3:
+        let_trl_meet_merged_weights()
     select_supervised(trainer.model.get_base_model().base_model)
 
 
@@ -225,6 +248,12 @@ def drop_reference(model: Any) -> None:
     if "ref" in model.peft_config:
         model.delete_adapter("ref")
         model.set_adapter("default")
+
+
+def _mine(parameter: Any) -> torch.Tensor:
+    """What lies of a weight in this process: all of it, unless the strategy shards it."""
+    part: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
+    return part.to_local() if hasattr(part, "to_local") else part
 
 
 @contextmanager

@@ -7,9 +7,11 @@ may be the same weight: neither is gathered then. These weights stay whole in ev
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer, layer
 from trl.trainer import utils as trl_utils
 
 
@@ -24,15 +26,30 @@ def keep_token_layers_whole(model: Any) -> None:
     for weight in weights.values():
         weight.ds_persist = True
         weight.all_gather([weight])
-    if weights:
-        _leave_whole_weights_alone()
 
 
-def _leave_whole_weights_alone() -> None:
-    """TRL asks every weight of the output layer how it is sharded; a merged one is no parameter."""
+@contextmanager
+def still_whole() -> Iterator[None]:
+    """While TRL makes a trainer, DeepSpeed is known of and the model is not sharded yet.
+
+    TRL adds an adapter then, and PEFT would gather what is not scattered, on a GPU if need be.
+    """
+    known = layer.check_deepspeed_zero3_enabled
+    layer.check_deepspeed_zero3_enabled = lambda: False
+    try:
+        yield
+    finally:
+        layer.check_deepspeed_zero3_enabled = known
+
+
+def let_trl_meet_merged_weights() -> None:
+    """TRL asks the output layer's weight how it is sharded; a merged one is no parameter."""
     gather = trl_utils.maybe_gather_lm_head_ctx
+    if getattr(gather, "meets_merged_weights", False):
+        return
 
     def gather_sharded(*weights: Any) -> Any:
         return gather(*(weight for weight in weights if hasattr(weight, "ds_status")))
 
+    gather_sharded.meets_merged_weights = True  # type: ignore[attr-defined]
     trl_utils.maybe_gather_lm_head_ctx = gather_sharded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 
 from medtrain.cluster.gpus import DEFAULT_GPU, gpu_of, parameters_of
 from medtrain.cluster.plan import PlannedJob, RunPlan, make_plan
+from medtrain.cluster.training_plan import TrainingPlan
 from medtrain.cluster.workload import duration, words
-from medtrain.config import Resources, RunConfig, parse_config
+from medtrain.config import Resources, RunConfig, load_config, parse_config
 from medtrain.console import Console
+from medtrain.errors import ConfigError
 from medtrain.run import Run
 from medtrain.selection import Selection
 from medtrain.stages import by_name
@@ -37,6 +40,10 @@ LLAMA: dict[str, Any] = {
 }
 
 
+LLAMA_8B = 8_030_261_248
+"""Its parameters."""
+
+
 def config_of(**sections: Any) -> RunConfig:
     """The Llama run, some sections laid over."""
     return parse_config({**LLAMA, **{k: {**LLAMA.get(k, {}), **v} for k, v in sections.items()}})
@@ -54,27 +61,51 @@ def test_the_jobs_are_those_of_the_chain_in_its_order() -> None:
     keys = [job.key for job in plan_of(config_of()).jobs]
     assert keys == [
         "prepare", "sft", "merge-sft", "generate.candidates", "generate.candidates.close",
-        "judge.verdicts", "judge.verdicts.close", "dpo", "merge-dpo", "evaluate.answers",
-        "evaluate.answers.close", "evaluate.verdicts", "evaluate.verdicts.close",
+        "judge.verdicts", "judge.verdicts.close", "reference.sums", "reference.sums.close", "dpo",
+        "merge-dpo", "evaluate.answers", "evaluate.answers.close", "evaluate.verdicts",
+        "evaluate.verdicts.close",
     ]  # fmt: skip
 
 
-def test_training_costs_six_flops_a_parameter_and_token() -> None:
-    sft = job_of(plan_of(config_of()), "sft")
+def compute_s(plan: RunPlan, key: str) -> float:
+    """Seconds of a job without loading."""
+    job = job_of(plan, key)
+    assert job.task_s is not None
+    return job.task_s - job.load_s
+
+
+@pytest.mark.parametrize(("checkpointing", "passes"), [(False, 4), (True, 6)])
+def test_training_costs_no_gradient_of_frozen_weights(checkpointing: bool, passes: int) -> None:
+    plan = plan_of(config_of(sft={"activation_checkpointing": checkpointing}))
     tokens = 4500 * 0.95 * 512  # rows without evaluation and validation, half of max_length
-    seconds = 6 * 8e9 * tokens / (312e12 * 0.3)
-    assert sft.task_s is not None
-    assert sft.task_s - sft.load_s == pytest.approx(seconds, rel=0.01)
+    seconds = passes * LLAMA_8B * tokens / (312e12 * 0.3)
+    assert compute_s(plan, "sft") == pytest.approx(seconds, rel=0.01)
+    sft = job_of(plan, "sft")
     assert sft.basis == "estimated"
+    assert sft.task_s is not None
     assert sft.gpu_hours == pytest.approx(sft.task_s / 3600)
 
 
-def test_without_checkpointing_a_forward_pass_is_saved() -> None:
-    whole = job_of(plan_of(config_of()), "sft")
-    saved = job_of(plan_of(config_of(sft={"activation_checkpointing": False})), "sft")
-    assert saved.task_s is not None
-    assert whole.task_s is not None
-    assert (saved.task_s - saved.load_s) / (whole.task_s - whole.load_s) == pytest.approx(4 / 6)
+def test_the_reference_reads_every_pair_once_and_dpo_does_not_read_it_again() -> None:
+    dpo = {"validation_fraction": 0, "epochs": 1, "activation_checkpointing": False}
+    plan = plan_of(config_of(dpo=dpo))
+    pairs = 1000 * 2 * 512
+    forward = 2 * LLAMA_8B * pairs / (312e12 * 0.3)
+    assert compute_s(plan, "reference.sums") == pytest.approx(forward, rel=0.01)
+    assert compute_s(plan, "dpo") == pytest.approx(2 * forward, rel=0.01)
+    twice = plan_of(config_of(dpo={**dpo, "epochs": 2}))
+    assert compute_s(twice, "reference.sums") == pytest.approx(forward, rel=0.01)
+    assert compute_s(twice, "dpo") == pytest.approx(4 * forward, rel=0.01)
+
+
+def test_a_gpu_without_bfloat16_computes_it_slowly() -> None:
+    v100 = {"gpu_type": "v100-32gb"}
+    whole = {"sft": {"activation_checkpointing": True}}
+    fast = plan_of(config_of(cluster=v100, model={"dtype": "float16"}, **whole))
+    slow = plan_of(config_of(cluster=v100, **whole))
+    assert compute_s(slow, "sft") == pytest.approx(compute_s(fast, "sft") * 125 / 15.7, rel=0.01)
+    assert any("no bfloat16" in line and "float16" in line for line in slow.warnings)
+    assert not any("bfloat16" in line for line in fast.warnings)
 
 
 @given(nodes=st.integers(1, 8), gpus=st.integers(1, 8), rows=st.integers(100, 10**7))
@@ -102,9 +133,9 @@ def test_more_rows_never_take_less(fewer: int, more: int) -> None:
 
 def test_decoding_is_bound_by_memory_bandwidth() -> None:
     job = job_of(plan_of(config_of()), "generate.candidates")
-    a_step = 16e9 / (1.555e12 * 0.4)
+    a_step = 2 * LLAMA_8B / (1.555e12 * 0.4)
     decoding = 63 * 256 * a_step  # 1000 prompts in batches of 16, 256 tokens
-    reading = 2 * 8e9 * 1000 * 256 / (312e12 * 0.3)
+    reading = 2 * LLAMA_8B * 1000 * 256 / (312e12 * 0.3)
     assert job.task_s is not None
     assert job.task_s - job.load_s == pytest.approx(decoding + reading, rel=0.01)
 
@@ -230,16 +261,126 @@ def test_what_must_come_before_is_said(scene: Scene) -> None:
     )
 
 
-def finish_prepare(scene: Scene, *, rows: int, tokens: int) -> None:
+def finish_prepare(scene: Scene, *, rows: int, tokens: int, **lengths: Any) -> None:
     """Data that are prepared, with a card that counts them."""
     scene.finish("prepare")
     splits = {"train": rows, "preference_prompts": rows, "ready_preferences": 0, "eval": rows}
-    counted = {"train": {"total": tokens, "supervised": tokens // 2}}
+    counted = {"train": {"total": tokens, "supervised": tokens // 2, **lengths}}
     scene.run.data_card.write_text(json.dumps({"splits": splits, "tokens": counted}))
     stage = by_name("prepare")
     outputs = stage.writes(scene.run, scene.config)
     fingerprint = scene.pipeline.fingerprint(stage)
     scene.pipeline.lineage.finish("prepare", fingerprint, outputs, {}, 60.0, "now")
+
+
+# Whether it fits
+
+
+def training_of(plan: RunPlan, stage: str) -> TrainingPlan:
+    return next(one for one in plan.training if one.stage == stage)
+
+
+def test_a_training_shows_what_takes_how_much() -> None:
+    plan = plan_of(config_of(cluster={"gpus": 4, "stages": {"sft": {"nodes": 2}}}))
+    sft = training_of(plan, "sft")
+    assert sft.choice.fits
+    assert sft.load.rows_a_step == 8 * 4
+    assert sft.load.steps == 134
+    text = shown(plan, only="sft")
+    for part in ("2 nodes × 4 × A100 40 GB", "8.03 G parameters", "134 steps of 32 rows",
+                 "weights", "activations", "logits", "new tokens", "zero3-offload", "fsdp2",
+                 f"→ {sft.choice.strategy}"):  # fmt: skip
+        assert part in text
+    tree = plan.to_json()["training"][0]
+    assert tree["parameters"]["total"] == LLAMA_8B
+    assert [one["strategy"] for one in tree["strategies"]] == [
+        "ddp", "zero2", "zero3", "zero3-offload", "fsdp2",
+    ]  # fmt: skip
+    assert tree["strategies"][0]["weights"] < 6 * 2**30 < tree["gpu_bytes"]
+    json.dumps(tree)
+
+
+def test_what_does_not_fit_is_said_and_checked() -> None:
+    small = config_of(cluster={"gpu_type": "t4"}, sft={"batch_size": 64})
+    plan = plan_of(small)
+    sft = training_of(plan, "sft")
+    assert not sft.choice.fits
+    assert "✗" in shown(plan)
+    assert any("sft does not fit its GPUs (T4)" in line for line in plan.warnings)
+    with pytest.raises(ConfigError, match=r"sft does not fit its GPUs \(T4\)") as caught:
+        plan.check()
+    assert "halve sft.batch_size (now 64)" in caught.value.fix
+    plan_of(config_of()).check()
+
+
+def test_where_the_base_is_unknown_nothing_is_claimed() -> None:
+    plan = plan_of(config_of(model={"base": "someone/something"}))
+    sft = training_of(plan, "sft")
+    assert (sft.fitting, sft.choice.fits) == (None, True)
+    assert "size of the base is not known" in shown(plan)
+    plan.check()
+
+
+def test_lengths_are_shown_once_they_are_counted(scene: Scene) -> None:
+    assert training_of(scene_plan(scene), "sft").lengths is None
+    finish_prepare(scene, rows=40, tokens=4000)
+    assert training_of(scene_plan(scene), "sft").lengths is None, "a card without lengths"
+    counted = {"mean": 100.0, "p95": 180, "max": 200,
+               "histogram": {"width": 50, "rows": [2, 20, 0, 18]}}  # fmt: skip
+    finish_prepare(scene, rows=40, tokens=4000, **counted)
+    plan = scene_plan(scene)
+    lengths = training_of(plan, "sft").lengths
+    assert lengths is not None
+    assert (lengths.p95, lengths.longest, sum(lengths.rows)) == (180, 200, 40)
+    assert "1 ▂█ █ 200; mean 100, 95 % up to 180, longest 200" in shown(plan)
+
+
+ROOT = Path(__file__).parents[2]
+TWO_NODES = [
+    "model.dtype=bfloat16",
+    "cluster.gpu_type=a100",
+    "cluster.stages.sft={nodes: 2, gpus: 4}",
+    "cluster.stages.dpo={nodes: 2, gpus: 4}",
+]
+SHIPPED = [(path.name, []) for path in sorted((ROOT / "configs").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"), [*SHIPPED, ("llama3-8b-medqa.yaml", TWO_NODES)],
+    ids=[*(name for name, _ in SHIPPED), "llama3-8b-medqa on 2 nodes"],
+)  # fmt: skip
+def test_every_shipped_config_fits_the_card_it_names(name: str, overrides: list[str]) -> None:
+    config = load_config(ROOT / "configs" / name, overrides)
+    plan = plan_of(config)
+    plan.check()
+    assert [one.stage for one in plan.training] == ["sft", "dpo"]
+    for one in plan.training:
+        assert not one.gpus or one.fitting is not None
+        names_its_card = config.cluster.gpu_type is not None
+        assert one.assumed is (bool(one.gpus) and not names_its_card)
+    assert not any("bfloat16" in line for line in plan.warnings)
+
+
+CARDS = {
+    "llama3-8b-medqa.yaml": ("V100 SXM2 32 GB", 1),
+    "llama2-13b-pubmedqa.yaml": ("A100 40 GB", 1),
+    "llama3-70b-medqa.yaml": ("A100 80 GB", 8),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_large_bases_name_the_cards_they_are_meant_for(name: str) -> None:
+    for one in plan_of(load_config(ROOT / "configs" / name)).training:
+        assert (one.gpu.name, one.nodes * one.gpus) == CARDS[name]
+        assert one.choice.estimate is not None
+        assert one.choice.estimate.peak <= one.gpu.memory_bytes
+
+
+def test_the_header_of_llama_3_names_the_overrides_for_two_nodes() -> None:
+    header = (ROOT / "configs" / "llama3-8b-medqa.yaml").read_text().partition("\nmodel:")[0]
+    told = header.replace("'", "")
+    for override in TWO_NODES:
+        assert override in told
 
 
 # What is out of proportion
@@ -251,7 +392,7 @@ def warned(**sections: Any) -> str:
 
 def test_a_time_limit_that_is_too_short() -> None:
     said = warned(cluster={"stages": {"sft": {"time_min": 10}}})
-    assert "sft: a task takes about 19 min and its time limit is 10 min" in said
+    assert "sft: a task takes about 20 min and its time limit is 10 min" in said
     assert "requeued 2 times" in said
     assert "cluster.stages.sft.time_min" in said
     assert "cluster.max_requeues=1 allows" in warned(
@@ -315,19 +456,38 @@ def test_a_directory_tells_them_exactly(base_dir: Path, tmp_path: Path) -> None:
     assert parameters_of(str(broken)) == 7e9
 
 
-def test_the_gpu_is_the_one_that_is_asked_for() -> None:
-    for wanted, name in (
+@pytest.mark.parametrize(
+    ("wanted", "name"),
+    [
         ({"gpu_type": "NVIDIA_H100_80GB"}, "H100 SXM"),
-        ({"constraint": "v100-32g&ib"}, "V100 SXM2"),
+        ({"constraint": "v100-32g&ib"}, "V100 SXM2 32 GB"),
+        ({"gpu_type": "v100"}, "V100 SXM2 16 GB"),
+        ({"gpu_type": "tesla_v100-sxm2-32gb"}, "V100 SXM2 32 GB"),
+        ({"gpu_type": "a100"}, "A100 40 GB"),
+        ({"gpu_type": "a100-pcie-40gb"}, "A100 40 GB"),
+        ({"gpu_type": "a100-80gb"}, "A100 80 GB"),
+        ({"gpu_type": "a100_80g"}, "A100 80 GB"),
+        ({"gpu_type": "A100-SXM4-80GB"}, "A100 80 GB"),
         ({"partition": "gpu-l40s"}, "L40S"),
+        ({"gpu_type": "l4"}, "L4"),
+        ({"gpu_type": "tesla-t4"}, "T4"),
+        ({"gpu_type": "nvidia_a10g"}, "A10"),
+        ({"gpu_type": "rtx_a6000"}, "RTX A6000"),
         ({"gpu_type": "rtx4090"}, "RTX 4090"),
-    ):
-        found = gpu_of(Resources(**wanted))
-        assert found is not None
-        assert found.name == name
-    assert gpu_of(Resources(partition="gpu")) is None
-    config = config_of(cluster={"gpu_type": None})
-    assert f"{DEFAULT_GPU.name} where none is named" in plan_of(config).assumptions[1]
+        ({"partition": "gpu"}, None),
+        ({"partition": "volta4"}, None),
+    ],
+)
+def test_the_gpu_is_the_one_that_is_asked_for(wanted: dict[str, Any], name: str | None) -> None:
+    found = gpu_of(Resources(**wanted))
+    assert (found and found.name) == name
+
+
+def test_without_a_name_a_gpu_is_assumed() -> None:
+    plan = plan_of(config_of(cluster={"gpu_type": None}))
+    assert f"{DEFAULT_GPU.name} where none is named" in plan.assumptions[1]
+    assert all(stage.assumed for stage in plan.training)
+    assert "which is assumed" in shown(plan)
 
 
 @given(st.floats(1, 1e15))
@@ -374,7 +534,23 @@ def test_the_command_shows_a_table(tmp_path: Path) -> None:
     assert "generate" not in done.stdout
 
 
-def shown(plan: RunPlan) -> str:
+def test_check_ends_with_the_code_of_a_wrong_configuration(tmp_path: Path) -> None:
+    config = ROOT / "configs" / "llama3-8b-medqa.yaml"
+    asked = ("plan", config, f"output_dir={tmp_path}", "--only", "sft")
+    fits = medtrain(*asked, "--check")
+    assert fits.returncode == 0, fits.stderr
+    shown_only = medtrain(*asked, "cluster.gpu_type=t4", "sft.max_length=8192")
+    assert shown_only.returncode == 0, shown_only.stderr
+    checked = medtrain(*asked, "--check", "cluster.gpu_type=t4", "sft.max_length=8192")
+    assert checked.returncode == 64
+    assert "sft does not fit its GPUs (T4)" in checked.stderr
+
+
+def shown(plan: RunPlan, only: str = "") -> str:
+    """As a person sees it; of one stage, if one is named."""
+    if only:
+        kept = tuple(one for one in plan.training if one.stage == only)
+        plan = replace(plan, training=kept)
     console = Console()
     console.rich.width = 160
     with console.rich.capture() as captured:

@@ -159,6 +159,28 @@ def test_the_model_card_opens_with_metadata_and_states_its_limits(reported: Run)
         assert wanted in body
 
 
+@pytest.mark.parametrize(
+    ("method", "name", "tag", "unread"),
+    [
+        ("orpo", "odds ratio preference optimisation", "orpo", ("loss type", "label smoothing")),
+        ("kto", "Kahneman-Tversky optimisation", "kto", ("loss type",)),
+        ("rejection", "fine-tuning on the judge's best answers", "rejection-sampling", ("beta",)),
+    ],
+)
+def test_the_model_card_says_how_preferences_were_learnt(
+    tmp_path: Path, method: str, name: str, tag: str, unread: tuple[str, ...]
+) -> None:
+    run = make_run(tmp_path / "demo", questions=4)
+    report(run, make_config(dpo={"method": method}), QUIET)
+    _, front, body = (run.report / "MODEL_CARD.md").read_text(encoding="utf-8").split("---\n", 2)
+    assert f"supervised fine-tuning and {name} (QLoRA)" in body
+    assert f"| {method} |" in body
+    assert "direct preference" not in body
+    assert tag in yaml.safe_load(front)["tags"]
+    assert "dpo" not in yaml.safe_load(front)["tags"]
+    assert not [setting for setting in unread if f"| {setting} |" in body]
+
+
 def test_a_local_base_is_not_claimed_to_be_on_the_hub(tmp_path: Path) -> None:
     run = make_run(tmp_path / "demo", questions=4)
     report(run, make_config(model={"base": "/home/someone/models/private"}), QUIET)

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SHARDS = {"generate": 2, "judge": 2, "evaluate": 2}
 SHARDED = (
-    "generate/candidates.jsonl", "judge/verdicts.jsonl",
+    "generate/candidates.jsonl", "judge/verdicts.jsonl", "dpo/reference.jsonl",
     *(f"evaluate/{variant}/{what}.jsonl" for variant in ("base", "sft", "dpo")
       for what in ("answers", "loss")),
     *(f"evaluate/judge/{protocol}/verdicts.jsonl" for protocol in ("rubric", "rating", "pairwise")),
@@ -46,7 +46,7 @@ def pair(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
     jobs = ("cluster.cpus=1", "cluster.mem_gb=1.5", "cluster.time_min=30", "cluster.look_again_s=0")
     shards = tuple(f"{stage}.num_shards={number}" for stage, number in SHARDS.items())
-    words = (*placed("submitted"), *jobs, *shards)
+    words = (*placed("submitted"), *jobs, *shards, "dpo.reference_shards=2")
     where = {"SLURM_CONF": str(cluster.slurm_conf)}
     chain = Chain(QUICKSTART, cluster, environment=where, overrides=words)
     command = [sys.executable, "-m", "medtrain", "run", QUICKSTART, *placed("direct")]
@@ -81,7 +81,7 @@ def test_models_scores_and_report_are_those_of_a_run_on_one_machine(pair: Pair) 
 
 
 def test_every_array_had_its_shards(pair: Pair) -> None:
-    numbers = {"generate.candidates": 2, "judge.verdicts": 2,
+    numbers = {"generate.candidates": 2, "judge.verdicts": 2, "reference.sums": 2,
                "evaluate.answers": 3 * 2, "evaluate.verdicts": 3 * 2}  # fmt: skip
     for key, number in numbers.items():
         assert len(pair.chain.submission(key).tasks) == number, key

@@ -99,7 +99,7 @@ def test_two_submit_at_the_same_moment(tmp_path: Path, cluster: Cluster, expecte
 
 def test_what_is_queued_is_not_queued_again(held: Chain) -> None:
     everything = queued_by(held.submit())
-    assert everything == len(names_of(held)) == 13
+    assert everything == len(names_of(held)) == 15
     assert "nothing to queue" in held.submit()
     assert names_of(held).most_common(1)[0][1] == 1
     # A part of it, and more of it, is queued as well.

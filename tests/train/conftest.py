@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +93,46 @@ def make_run(tmp_path: Path, base_dir: Path) -> MakeRun:
         return make_ready(tmp_path / name, options.pop("base", base_dir), **options)
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """accelerate collects garbage before every training: of imported modules there is none."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def sft_done(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ready:
+    """A run whose SFT is done and whose reference is computed; it must stay as it is."""
+    from medtrain.train.reference import compute_reference
+    from medtrain.train.sft import train_sft
+
+    root = tmp_path_factory.mktemp("sft-done") / "run"
+    ready = make_ready(root, base_dir, sft={"max_steps": 6})
+    train_sft(*ready)
+    compute_reference(*ready)
+    return ready
+
+
+@pytest.fixture
+def make_dpo_run(make_run: MakeRun, sft_done: Ready) -> MakeRun:
+    """Make a run directory like `make_run`, its SFT and its reference done."""
+
+    def make(name: str = "run", **options: Any) -> Ready:
+        ready = make_run(name, **options)
+        give_sft(sft_done, ready)
+        return ready
+
+    return make
+
+
+def give_sft(done: Ready, ready: Ready) -> None:
+    """Copy what DPO starts from into a run of the same rows."""
+    shutil.copytree(done.run.adapter("sft"), ready.run.adapter("sft"), dirs_exist_ok=True)
+    ready.run.reference.parent.mkdir(exist_ok=True)
+    shutil.copyfile(done.run.reference, ready.run.reference)
 
 
 def adapter_bytes(run: Run, stage: Any) -> dict[str, bytes]:

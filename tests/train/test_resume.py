@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +15,36 @@ import pytest
 from medtrain.files import read_jsonl
 from medtrain.run import Trained
 from medtrain.train import checkpoints, trainers
-from medtrain.train.adapter import FACTS_FILE, WEIGHTS_FILE
-from medtrain.train.dpo import train_dpo
+from medtrain.train.adapter import FACTS_FILE
 from medtrain.train.sft import train_sft
 from medtrain.train.telemetry import keep_metrics_until
 from tests.train.conftest import MakeRun, Ready, adapter_bytes
+from tests.train.training import metrics, same_training, train
 
 _ROOT = Path(__file__).resolve().parents[2]
-_TRAIN = {"sft": train_sft, "dpo": train_dpo}
 _CHILD = """
-import sys
+import os, signal, sys
 from importlib import import_module
 from pathlib import Path
 from medtrain.config import load_config
 from medtrain.console import Console, quiet_libraries
 from medtrain.run import Run
+from medtrain.train.telemetry import Telemetry
 quiet_libraries()
-stage, root = sys.argv[1], Path(sys.argv[2])
+stage, root, *killed_at = sys.argv[1:]
+
+def on_step_begin(self, args, state, control, **kwargs):
+    if [str(state.global_step)] == killed_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Telemetry.on_step_begin = on_step_begin
 train = getattr(import_module(f"medtrain.train.{stage}"), f"train_{stage}")
-train(Run(root), load_config(root), Console(quiet=True))
+train(Run(Path(root)), load_config(Path(root)), Console(quiet=True))
 """
 _LONG = {
     "sft": {"sft": {"max_steps": 40, "evals_per_epoch": 1, "log_every": 1, "batch_size": 4,
                     "lora": {"r": 4, "dropout": 0.1}}},
-    "dpo": {"sft": {"max_steps": 4},
-            "dpo": {"max_steps": 30, "evals_per_epoch": 1, "log_every": 1}},
+    "dpo": {"dpo": {"max_steps": 30, "evals_per_epoch": 1, "log_every": 1}},
 }  # fmt: skip
 
 
@@ -52,46 +56,31 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 
 
 def kill_after(ready: Ready, stage: Trained, step: int) -> None:
-    """Train in a process of its own and SIGKILL it once it has logged a step."""
-    child = start([sys.executable, "-c", _CHILD, stage, str(ready.run.root)])
-    deadline = time.monotonic() + 300
-    while _steps_logged(ready, stage) < step:
-        if child.poll() is not None:
-            pytest.fail(f"the child ended by itself: {child.communicate()[0]}")
-        if time.monotonic() > deadline:
-            child.kill()
-            pytest.fail("the child has not come far enough")
-        time.sleep(0.01)
-    child.kill()
-    child.communicate()
-
-
-def _steps_logged(ready: Ready, stage: Trained) -> int:
-    path = ready.run.metrics(stage)
-    lines = path.read_text().splitlines() if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+    """Train in a process of its own that dies of SIGKILL after a step."""
+    child = start([sys.executable, "-c", _CHILD, stage, str(ready.run.root), str(step)])
+    output = child.communicate(timeout=300)[0]
+    assert child.returncode == -signal.SIGKILL, output
+    assert max(line["step"] for line in metrics(ready.run, stage)) == step
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_a_killed_training_ends_with_the_same_bytes(make_run: MakeRun, stage: Trained) -> None:
-    undisturbed, killed = (
-        make_run("undisturbed", **_LONG[stage]),
-        make_run("killed", **_LONG[stage]),
-    )
-    if stage == "dpo":
-        train_sft(undisturbed.run, undisturbed.config, undisturbed.console)
-        shutil.copytree(undisturbed.run.adapter("sft"), killed.run.adapter("sft"))
-    _TRAIN[stage](undisturbed.run, undisturbed.config, undisturbed.console)
+def test_a_killed_training_ends_with_the_same_bytes(
+    make_run: MakeRun, make_dpo_run: MakeRun, stage: Trained
+) -> None:
+    make = make_run if stage == "sft" else make_dpo_run
+    undisturbed, killed = make("undisturbed", **_LONG[stage]), make("killed", **_LONG[stage])
+    train(undisturbed, stage)
 
     kill_after(killed, stage, 13)
     assert not killed.run.adapter(stage).exists()
-    assert checkpoints.newest_complete(killed.run.checkpoints(stage)) is not None
-    counts = _TRAIN[stage](killed.run, killed.config, killed.console)
+    found, refused = checkpoints.newest_whole(killed.run.checkpoints(stage))
+    assert found is not None
+    assert not refused
+    counts = train(killed, stage)
 
     assert "event=resume" in killed.run.log.read_text()
     assert counts["steps"] == (40 if stage == "sft" else 30)
-    assert adapter_bytes(killed.run, stage) == adapter_bytes(undisturbed.run, stage)
-    assert killed.run.metrics(stage).read_bytes() == undisturbed.run.metrics(stage).read_bytes()
+    same_training(killed.run, undisturbed.run, stage)
 
 
 class Killed(Exception):  # noqa: N818 - not an error: a process that ends here
@@ -115,10 +104,10 @@ def test_a_half_written_checkpoint_is_not_resumed(
     undisturbed, killed = make_run("undisturbed"), make_run("killed")
     train_sft(undisturbed.run, undisturbed.config, undisturbed.console)
     # Dies when the first checkpoint's files are written, but not yet said to be whole.
-    interrupted(killed, monkeypatch, checkpoints, "mark_complete")
+    interrupted(killed, monkeypatch, checkpoints, "complete")
     directory = killed.run.checkpoints("sft")
     assert [path for path in directory.iterdir() if path.name.startswith("checkpoint-")]
-    assert checkpoints.newest_complete(directory) is None
+    assert checkpoints.newest_whole(directory) == (None, [])
     train_sft(killed.run, killed.config, killed.console)
     assert adapter_bytes(killed.run, "sft") == adapter_bytes(undisturbed.run, "sft")
 
@@ -160,43 +149,6 @@ def test_checkpoints_of_another_plan_are_put_away(
     steps = [line["step"] for line in read_jsonl(long.run.metrics("sft"))]
     assert steps == sorted(steps)
     assert max(steps) == counts["steps"]
-
-
-def write_checkpoint(directory: Path, step: int, *, whole: bool, losses: dict[int, float]) -> None:
-    path = directory / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    history = [{"step": s, "eval_loss": loss} for s, loss in losses.items() if s <= step]
-    (path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
-    (path / WEIGHTS_FILE).write_bytes(b"weights")
-    if whole:
-        checkpoints.mark_complete(
-            path, step=step, finished=False, plan=checkpoints.Plan(100, 50, 1)
-        )
-
-
-def test_the_newest_whole_checkpoint_counts_by_number(tmp_path: Path) -> None:
-    losses = {2: 0.5, 10: 0.9, 9: 0.7}
-    for step, whole in ((2, True), (9, True), (10, True), (11, False)):
-        write_checkpoint(tmp_path, step, whole=whole, losses=losses)
-    found = checkpoints.newest_complete(tmp_path)
-    assert found is not None
-    assert found.step == 10
-    assert checkpoints.best_step(found.history) == 2
-    checkpoints.prune(tmp_path, {2, 10})
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-10"}
-
-
-def test_a_removal_that_is_interrupted_leaves_nothing_that_seems_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for step in (1, 2):
-        write_checkpoint(tmp_path, step, whole=True, losses={})
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", die)
-    with pytest.raises(Killed):
-        checkpoints.prune(tmp_path, {1})
-    found = checkpoints.newest_complete(tmp_path)
-    assert found is not None
-    assert found.step == 1
 
 
 def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:

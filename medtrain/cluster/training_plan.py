@@ -1,0 +1,171 @@
+"""Will a training stage fit its GPUs, and how: what `medtrain plan` says before anything is queued.
+
+the stage's jobs → their GPU type and number; the base's architecture → estimates of every strategy
+(medtrain.memory) → the one that `auto` takes; the data card → steps, tokens and lengths of rows →
+one block for each training stage that is to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from medtrain.cluster.estimate import Estimator
+from medtrain.cluster.gpus import Gpu, gpu_of
+from medtrain.cluster.site import resources_of
+from medtrain.cluster.workload import TrainingLoad, training_load
+from medtrain.errors import DataError
+from medtrain.files import read_json
+from medtrain.memory import Architecture, Choice, Estimate, Work, strategies_for, work_of
+from medtrain.memory.estimate import trained_parameters
+from medtrain.run import Trained
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of the training rows, as `prepare` counted them."""
+
+    mean: float
+    p95: int
+    longest: int
+    width: int
+    """Tokens of a bin."""
+    rows: tuple[int, ...]
+    """Rows of each bin; the first has those of up to `width` tokens."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {"mean": self.mean, "p95": self.p95, "max": self.longest,
+                "histogram": {"width": self.width, "rows": list(self.rows)}}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Fitting:
+    """What is known of a stage's memory; only where it uses GPUs and the base's sizes are known."""
+
+    architecture: Architecture
+    work: Work
+    estimates: tuple[Estimate, ...]
+    """One a strategy: without activation checkpointing where that fits, else as it would run."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """One training stage that is to do."""
+
+    stage: Trained
+    nodes: int
+    gpus: int
+    """A node."""
+    gpu: Gpu
+    assumed: bool
+    """Whether the type is a guess, because the configuration names none."""
+    load: TrainingLoad
+    lengths: Lengths | None
+    choice: Choice
+    fitting: Fitting | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; bytes are those of one GPU."""
+        choice = self.choice
+        return {
+            "stage": self.stage,
+            "nodes": self.nodes,
+            "gpus_per_node": self.gpus,
+            "gpu": self.gpu.name if self.gpus else None,
+            "gpu_bytes": self.gpu.memory_bytes if self.gpus else None,
+            "gpu_assumed": self.assumed,
+            "rows": self.load.rows,
+            "rows_a_step": self.load.rows_a_step,
+            "steps": self.load.steps,
+            "tokens": None if self.load.tokens is None else float(f"{self.load.tokens:.3g}"),
+            "lengths": self.lengths.to_json() if self.lengths else None,
+            "strategy": choice.strategy,
+            "activation_checkpointing": choice.checkpointing,
+            "fits": choice.fits,
+            "reason": choice.reason,
+            **_memory_json(self.fitting, self.gpu),
+        }
+
+
+def _memory_json(fitting: Fitting | None, gpu: Gpu) -> dict[str, Any]:
+    if fitting is None:
+        return {"parameters": None, "trained_parameters": None, "strategies": []}
+    parameters = fitting.architecture.parameters
+    return {
+        "parameters": {"total": parameters.total, **parameters._asdict()},
+        "trained_parameters": trained_parameters(fitting.architecture, fitting.work),
+        "strategies": [
+            {**one.to_json(), "fits": one.peak <= gpu.memory_bytes} for one in fitting.estimates
+        ],
+    }
+
+
+def plan_training(estimator: Estimator, stage: Trained) -> TrainingPlan:
+    """Everything that is known about a training stage before it runs."""
+    config = estimator.config
+    wanted = resources_of(config, stage)
+    processes = estimator.hardware.processes(stage)
+    return TrainingPlan(
+        stage=stage,
+        nodes=wanted.nodes or 1,
+        gpus=wanted.gpus or 0,
+        gpu=estimator.hardware.gpu(stage),
+        assumed=bool(wanted.gpus) and gpu_of(wanted) is None,
+        load=training_load(config, estimator.sizes, stage, processes),
+        lengths=_lengths(estimator) if stage == "sft" else None,
+        choice=estimator.hardware.choice(stage),
+        fitting=_fitting(estimator, stage, processes),
+    )
+
+
+def _fitting(estimator: Estimator, stage: Trained, processes: int) -> Fitting | None:
+    architecture, gpu = estimator.hardware.architecture, estimator.hardware.gpu(stage)
+    if architecture is None or not processes:
+        return None
+    work = work_of(estimator.config, stage, architecture, auto_bytes=gpu.auto_bytes)
+    checkpointing = getattr(estimator.config, stage).activation_checkpointing
+    estimates = strategies_for(
+        architecture, work, gpus=processes, gpu_bytes=gpu.memory_bytes, checkpointing=checkpointing
+    )
+    return Fitting(architecture, work, tuple(estimates))
+
+
+def _lengths(estimator: Estimator) -> Lengths | None:
+    if not estimator.sizes.prepared:
+        return None
+    try:
+        return _from_counts(read_json(estimator.run.data_card)["tokens"]["train"])
+    except (FileNotFoundError, DataError, KeyError, TypeError):
+        return None  # a card without lengths, from an older version or of somebody's own making
+
+
+def _from_counts(counts: Mapping[str, Any]) -> Lengths:
+    histogram = counts["histogram"]
+    return Lengths(
+        mean=float(counts["mean"]),
+        p95=int(counts["p95"]),
+        longest=int(counts["max"]),
+        width=int(histogram["width"]),
+        rows=tuple(int(rows) for rows in histogram["rows"]),
+    )
+
+
+def warnings_of_training(plan: TrainingPlan, dtype: str) -> Iterator[str]:
+    """What will not fit, or will be slow, with its remedy.
+
+    Args:
+        plan: of one stage.
+        dtype: `model.dtype`.
+    """
+    if not plan.choice.fits:
+        assumed = ", which is assumed" if plan.assumed else ""
+        yield f"{plan.stage} does not fit its GPUs ({plan.gpu.name}{assumed}): see above"
+    slow = {"bfloat16": "computes bfloat16 in float32", "auto": "is given float32 by dtype auto"}
+    if plan.gpus and not plan.gpu.bfloat16 and dtype in slow:
+        yield (
+            f"{plan.stage}: a {plan.gpu.name} has no bfloat16 and {slow[dtype]}, "
+            f"{plan.gpu.peak_flops / plan.gpu.float32_flops:.0f} times slower than it could: set "
+            "model.dtype=float16"
+        )

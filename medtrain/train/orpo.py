@@ -1,0 +1,100 @@
+"""ORPO: fine-tuning on the chosen answers, and odds in their favour; there is no reference.
+
+pairs → one forward pass of both answers → the mean log-probability of an answer's tokens → the
+negative one of the chosen answer, minus `beta` times the log-sigmoid of the log of the odds ratio →
+the mean over pairs (Hong, Lee and Thorne 2024, https://arxiv.org/abs/2403.07691, section 4; `beta`
+is their lambda). They begin with a pretrained model, and this with the SFT adapter, whose answers
+the pairs are. Tokens of the prompt have no loss, as in SFT here; in TRL's ORPOTrainer they do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from medtrain.train.feeding import feed_preferences, pair_collate
+from medtrain.train.preference_stage import Method, Prepared
+from medtrain.train.rows import IGNORED, dpo_rows
+from medtrain.train.step import Fed
+from medtrain.train.trainer_settings import dpo_settings
+from medtrain.train.trainers import PreferenceTrainer
+
+_CERTAIN = -1e-6
+"""The greatest mean log-probability whose odds are finite numbers in float32."""
+
+
+def orpo() -> Method:
+    """The method."""
+    return Method(dpo_rows, dpo_settings, OddsRatioTrainer, _feed, checked=False)
+
+
+def _feed(stage: Prepared) -> Fed:
+    return feed_preferences(
+        stage.rows,
+        stage.section,
+        stage.plan,
+        None,
+        seed=stage.config.seed,
+        collate=pair_collate(stage.chat.pad_token_id, packed=stage.packed),
+        packed=stage.packed,
+    )
+
+
+class OddsRatioTrainer(PreferenceTrainer):
+    """TRL's DPOTrainer with ORPO's loss."""
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        answer = inputs["completion_mask"]
+        passed = {key: value for key, value in inputs.items() if key != "completion_mask"}
+        outputs = model(
+            **passed,
+            labels=inputs["input_ids"].masked_fill(answer == 0, IGNORED),
+            use_cache=False,
+            fused_lm_head=True,
+        )
+        # (rows, length - 1) → (rows,): chosen answers, then the rejected ones
+        means = outputs.log_probs.float().sum(dim=1) / answer[:, 1:].sum(dim=1)
+        chosen, rejected = means.chunk(2)
+        losses = odds_ratio_losses(chosen, rejected, self.beta)
+        self._note(chosen.detach(), rejected.detach(), inputs["attention_mask"].sum())
+        loss = losses.mean()
+        return (loss, outputs) if return_outputs else loss
+
+    def _note(self, chosen: torch.Tensor, rejected: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Add to the figures of the next line of metrics; rewards are as TRL's ORPOTrainer has."""
+        mode = "train" if self.model.training else "eval"
+        figures = {
+            "nll_loss": -chosen,
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+            "rewards/chosen": self.beta * chosen,
+            "rewards/rejected": self.beta * rejected,
+            "rewards/margins": self.beta * (chosen - rejected),
+            "rewards/accuracies": (chosen > rejected).float(),
+        }
+        noted = self._metrics[mode]
+        for name, values in figures.items():
+            noted[name].append(self.accelerator.gather(values).mean().item())
+        if mode == "train":
+            self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
+        noted["num_tokens"] = [self._total_train_tokens]
+
+
+def odds_ratio_losses(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:
+    """ORPO's loss of each pair.
+
+    Args:
+        chosen: (pairs,) mean log-probability of a token of the chosen answer, in nats.
+        rejected: (pairs,) the same of the rejected one.
+        beta: weight of the odds ratio, the paper's λ.
+    """
+    log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
+    return -chosen - beta * logsigmoid(log_odds_ratio)
+
+
+def _log_odds(log_probability: torch.Tensor) -> torch.Tensor:
+    """log(p / (1 - p))."""
+    known = log_probability.clamp(max=_CERTAIN)
+    return known - torch.log(-torch.expm1(known))

@@ -1,0 +1,134 @@
+"""`train.strategy: auto` takes the cheapest that fits, and says why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medtrain.memory import (
+    Architecture,
+    Choice,
+    choose_strategy,
+    estimate,
+    needs_checkpointing,
+    work_of,
+)
+from medtrain.memory.choose import CHEAPEST_FIRST, strategies_for
+from tests.memory.test_estimate import LLAMA_8B, config_of
+
+GIB = 2**30
+LLAMA_70B = Architecture(8192, 28_672, 80, 64, 8, 128, 128_256)
+PLAIN = {"quantization": "none", "dtype": "bfloat16"}
+
+
+def choice(
+    gib: float, gpus: int = 8, architecture: Any = LLAMA_8B, stage: str = "sft", **sections: Any
+) -> Choice:
+    return choose_strategy(
+        config_of(**sections), stage, gpus=gpus, gpu_bytes=int(gib * GIB), architecture=architecture
+    )
+
+
+def test_the_cheapest_that_fits() -> None:
+    assert (choice(80).strategy, choice(80).checkpointing) == ("ddp", False)
+    small = choice(24)
+    assert (small.strategy, small.checkpointing, small.fits) == ("ddp", True, True)
+    assert "ddp with activation checkpointing needs" in small.reason
+    assert "ddp would need" in small.reason
+    sharded = choice(79, 8, LLAMA_70B, model=PLAIN)
+    assert (sharded.strategy, sharded.fits) == ("zero3", True)
+
+
+@given(gib=st.floats(4, 200), gpus=st.integers(1, 64), stage=st.sampled_from(["sft", "dpo"]))
+def test_nothing_cheaper_would_have_fitted(gib: float, gpus: int, stage: str) -> None:
+    chosen = choice(gib, gpus, stage=stage)
+    work = work_of(config_of(), stage, LLAMA_8B)
+    ways = [
+        (strategy, way)
+        for strategy in (CHEAPEST_FIRST if gpus > 1 else CHEAPEST_FIRST[:1])
+        for way in (False, True)
+    ]
+    fitting = [
+        (strategy, way)
+        for strategy, way in ways
+        if estimate(LLAMA_8B, work, strategy, gpus=gpus, checkpointing=way).peak <= int(gib * GIB)
+    ]
+    assert chosen.fits == bool(fitting)
+    if fitting:
+        assert (chosen.strategy, chosen.checkpointing) == fitting[0]
+    else:
+        assert ": " in chosen.reason
+
+
+def test_one_gpu_has_nobody_to_share_with() -> None:
+    chosen = choice(5, gpus=1)
+    assert (chosen.strategy, chosen.fits) == ("ddp", False)
+
+
+@pytest.mark.parametrize(
+    ("sections", "gib", "remedy"),
+    [
+        ({"sft": {"batch_size": 64}}, 20, "halve sft.batch_size (now 64)"),
+        (
+            {"sft": {"batch_size": 1, "eval_batch_size": 1, "max_length": 60_000}},
+            20,
+            "lower sft.max_length (now 60000)",
+        ),
+        ({"sft": {"eval_batch_size": 256}}, 20, "lower sft.eval_batch_size (now 256)"),
+        ({"sft": {"activation_checkpointing": False}}, 20, "sft.activation_checkpointing=auto"),
+        ({"model": PLAIN}, 12, "or a smaller base"),
+        ({}, 5, "take GPUs with more memory"),
+    ],
+)
+def test_what_does_not_fit_says_what_to_change(
+    sections: dict[str, Any], gib: float, remedy: str
+) -> None:
+    chosen = choice(gib, gpus=1, **sections)
+    assert not chosen.fits
+    assert remedy in chosen.reason
+
+
+def test_what_is_set_is_kept() -> None:
+    set_one = choice(80, train={"strategy": "fsdp2"})
+    assert (set_one.strategy, set_one.fits) == ("fsdp2", True)
+    too_small = choice(5, train={"strategy": "zero2"})
+    assert (too_small.strategy, too_small.fits) == ("zero2", False)
+    slow = choice(80, sft={"activation_checkpointing": True})
+    assert (slow.strategy, slow.checkpointing) == ("ddp", True)
+
+
+@given(gib=st.floats(8, 90), gpus=st.integers(1, 8))
+def test_a_worker_comes_to_the_launchers_answer(gib: float, gpus: int) -> None:
+    chosen = choice(gib, gpus)
+    config, size = config_of(), int(gib * GIB)
+    known = needs_checkpointing(
+        config, "sft", chosen.strategy, gpus=gpus, gpu_bytes=size, architecture=LLAMA_8B
+    )
+    assert known == chosen.checkpointing
+    config = config_of(sft={"activation_checkpointing": False})
+    assert not needs_checkpointing(
+        config, "sft", "ddp", gpus=gpus, gpu_bytes=size, architecture=LLAMA_8B
+    )
+
+
+def test_where_nobody_can_tell_nothing_is_sharded() -> None:
+    unknown = choice(80, architecture=None)
+    assert (unknown.strategy, unknown.checkpointing, unknown.fits) == ("ddp", True, True)
+    assert unknown.estimate is None
+    cpu = choice(0, gpus=0)
+    assert (cpu.strategy, cpu.checkpointing, cpu.fits) == ("ddp", False, True)
+    assert choice(80, architecture=None, train={"strategy": "zero3"}).strategy == "zero3"
+
+
+def test_every_strategy_can_be_shown() -> None:
+    work = work_of(config_of(), "sft", LLAMA_8B)
+    shown = strategies_for(LLAMA_8B, work, gpus=8, gpu_bytes=24 * GIB, checkpointing="auto")
+    assert [one.strategy for one in shown] == [*CHEAPEST_FIRST, "fsdp2"]
+    for one in shown:
+        without = estimate(LLAMA_8B, work, one.strategy, gpus=8)
+        assert one.checkpointing == (without.peak > 24 * GIB)
+    alone = strategies_for(LLAMA_8B, work, gpus=1, gpu_bytes=24 * GIB, checkpointing=False)
+    assert [one.strategy for one in alone] == ["ddp"]
