@@ -93,7 +93,6 @@ class Bench:
             "batch_size": BATCH, "gradient_accumulation": ACCUMULATED, "max_length": MAX_LENGTH,
             "validation_fraction": 0, "log_every": max(1, arguments.steps // 3),
             "activation_checkpointing": arguments.checkpointing,
-            "trainer": {},
         }  # fmt: skip
         self.config = parse_config({
             "name": "bench", "output_dir": str(directory),

@@ -25,8 +25,8 @@ _ANSWERING = {"temperature", "top_k", "top_p", "max_new_tokens"}
 _SETTINGS = {
     "model": {"quantization", "double_quantization", "dtype", "chat_template", "system_prompt"},
     "sft": _TRAINING | {"loss_on", "packing"},
-    "dpo": _TRAINING - {"lora"} | {"method", "beta", "loss_type", "label_smoothing",
-                                   "desirable_weight", "undesirable_weight"},
+    "dpo": _TRAINING - {"lora"}
+    | {"method", "beta", "loss_type", "label_smoothing", "desirable_weight", "undesirable_weight"},
     "merge": {"into"},
     "generate": _ANSWERING | {"num_samples"},
     "judge": {"orders", "temperature", "rating_scale"},

@@ -145,6 +145,7 @@ class Fit:
         if trainer.args.should_save:
             checkpoints.publish_adapter(self.run, self.stage, chosen, self._facts())
         trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
         return self._figures(trainer, last, chosen)
 
     def _choose(self, directory: Path, last: Checkpoint) -> Checkpoint:
@@ -183,6 +184,7 @@ class Fit:
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(error, self.config, self.stage) from error
         if trainer.stopped:
+            trainer.accelerator.end_training()
             step = trainer.state.global_step
             raise TryAgainError(
                 f"{self.stage} was asked to stop and has, at step {step} of {self.plan.max_steps}",

@@ -21,6 +21,7 @@ from medtrain.config import RunConfig, TrainingConfig
 from medtrain.config.problems import nearest
 from medtrain.console import Console
 from medtrain.errors import ConfigError
+from medtrain.memory import architecture_of, choose_strategy
 from medtrain.run import Run, Trained
 from medtrain.train.checkpoints import Plan
 from medtrain.train.model import compute_dtype
@@ -128,7 +129,6 @@ def _shared(
     evaluated = _steps_between_evaluations(section, plan)
     # DeepSpeed on a machine without GPUs: accelerate takes the device from its environment.
     use_cpu = not on_gpu and "ACCELERATE_TORCH_DEVICE" not in os.environ
-    checkpointing = section.activation_checkpointing
     if section.early_stopping and not validated:
         console.warn(
             "early_stopping_off",
@@ -151,7 +151,7 @@ def _shared(
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
         "optim": choose_optimizer(config, stage, console),
-        "gradient_checkpointing": on_gpu if checkpointing == "auto" else checkpointing,
+        "gradient_checkpointing": checkpoints_activations(run, config, stage, plan),
         "use_cpu": use_cpu,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
@@ -186,6 +186,27 @@ def _liger(config: RunConfig) -> bool:
             fix="pip install liger-kernel, or leave train.liger at auto.",
         )
     return bool(wanted) and installed and torch.cuda.is_available()
+
+
+def checkpoints_activations(run: Run, config: RunConfig, stage: Trained, plan: Plan) -> bool:
+    """Whether activations are computed again in the backward pass: as told, or where they must.
+
+    On a GPU whose base nobody can look up they are: a slower training is better than none.
+    """
+    wanted = getattr(config, stage).activation_checkpointing
+    if wanted != "auto" or not torch.cuda.is_available():
+        return wanted is True
+    train = config.train.model_copy(update={"strategy": plan.strategy})
+    built = run.built_base if config.model.base.startswith("builtin:") else None
+    choice = choose_strategy(
+        config.model_copy(update={"train": train}),
+        stage,
+        gpus=plan.processes,
+        gpu_bytes=torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
+        architecture=architecture_of(config, built),
+        auto_bytes=compute_dtype(config).itemsize,
+    )
+    return choice.checkpointing
 
 
 def _steps_between_evaluations(section: TrainingConfig, plan: Plan) -> int:

@@ -34,13 +34,14 @@ from medtrain.train.adapter import (
 )
 from medtrain.train.checkpoints import Plan
 from medtrain.train.packed import PackedForward, select_supervised
-from medtrain.train.step import EvaluationStoppedError, StepTrainer
-from medtrain.train.telemetry import tokens_seen
-from medtrain.train.zero3 import (
+from medtrain.train.sharded import (
+    fit_buckets,
     keep_token_layers_whole,
     let_trl_meet_merged_weights,
     still_whole,
 )
+from medtrain.train.step import EvaluationStoppedError, StepTrainer
+from medtrain.train.telemetry import tokens_seen
 
 _LITTLE_SPACE = 64 * 2**20
 _STAGE3 = 3
@@ -100,6 +101,8 @@ class AdapterTrainer(StepTrainer):
     # Reading
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_deepspeed:
+            fit_buckets(self.accelerator.state.deepspeed_plugin, self.model)
         prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
         if self._is_deepspeed and self._zero_stage == _STAGE3:
             keep_token_layers_whole(self.model)

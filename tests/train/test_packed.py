@@ -68,7 +68,7 @@ def packed_model(kind: str) -> Any:
     model = AutoModelForCausalLM.from_config(_MODELS[kind](), attn_implementation=PACKED_ATTENTION)
     model = _with_adapter(model)
     model.load_state_dict(plain_model(kind).state_dict())
-    add_fused_lm_head(model.get_base_model())
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
     select_supervised(model.get_base_model().base_model)
     return model.eval()
 
@@ -118,7 +118,7 @@ LENGTHS = st.lists(st.integers(2, _WINDOW), min_size=1, max_size=5)
 
 
 @_ALL
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(lengths=LENGTHS)
 def test_packed_rows_are_as_likely_as_each_alone(kind: str, lengths: list[int]) -> None:
     rows = rows_of(lengths)
@@ -141,9 +141,8 @@ def test_packed_rows_are_as_likely_as_each_alone(kind: str, lengths: list[int]) 
 @_ALL
 def test_gradients_are_those_of_the_rows_alone(kind: str) -> None:
     rows = rows_of([30, 3, 17, 2, 25])
-    expected = gradients(
-        plain_model(kind), sum(alone(plain_model(kind), row).sum() for row in rows)
-    )
+    plain = plain_model(kind)
+    expected = gradients(plain, torch.cat([alone(plain, row) for row in rows]).sum())
     for packed in (True, False):
         loss = forward(packed_model(kind), rows, packed=packed).log_probs.sum()
         found = gradients(packed_model(kind), loss)
@@ -166,10 +165,8 @@ def test_a_neighbour_changes_nothing(kind: str) -> None:
 
 def test_a_row_does_notice_its_own_tokens() -> None:
     rows = rows_of([12, 20])
-    changed = {
-        **rows[1],
-        "input_ids": [rows[1]["input_ids"][0] % 90 + 1, *rows[1]["input_ids"][1:]],
-    }
+    first_token, *others = rows[1]["input_ids"]
+    changed = {**rows[1], "input_ids": [first_token % 90 + 1, *others]}
     with torch.no_grad():
         first = forward(packed_model("grouped"), rows, packed=True)
         second = forward(packed_model("grouped"), [rows[0], changed], packed=True)
@@ -263,7 +260,7 @@ def short_window(make_run: MakeRun, base_dir: Path, tmp_path: Path) -> Callable[
         num_attention_heads=4, num_key_value_heads=2, sliding_window=64,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
-    return lambda **sft: make_run(base=base, sft={"max_steps": 2, "log_every": 1, **sft})
+    return lambda **sft: make_run(base=base, sft={"max_steps": 2, **sft})
 
 
 def test_what_cannot_be_packed_is_refused_where_it_was_asked_for(
@@ -279,7 +276,6 @@ def test_what_cannot_be_packed_is_padded_otherwise(short_window: Callable[..., R
     ready = short_window()
     assert not packs(ready.run, ready.config, "sft")
     assert train(ready, "sft")["steps"] == 2
-    # With rows that its window holds, it is packed, and learns the same.
     packed = short_window(max_length=64)
     assert packs(packed.run, packed.config, "sft")
 
@@ -287,7 +283,7 @@ def test_what_cannot_be_packed_is_padded_otherwise(short_window: Callable[..., R
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [({}, True), ({"packing": False}, False), ({"attention": "eager"}, False),
-     ({"attention": "eager", "packing": True}, True), ({"attention": "sdpa"}, True)],
+     ({"attention": "sdpa"}, True)],
 )  # fmt: skip
 def test_settings_say_what_is_packed(
     make_run: MakeRun, changes: dict[str, Any], expected: bool

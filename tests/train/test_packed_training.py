@@ -19,23 +19,11 @@ from medtrain.train.reference import compute_reference
 from medtrain.train.rows import IGNORED, sft_rows
 from tests.train.conftest import MakeRun, Ready
 from tests.train.test_model import trained_adapter
-from tests.train.training import losses, train
+from tests.train.training import losses, same_training, train
 
 _SHARED = {"max_steps": 7, "log_every": 1, "max_length": 192, "learning_rate": 2e-3,
            "eval_batch_size": 3}  # fmt: skip
-_WORDS = [
-    "rest",
-    "water",
-    "exercise",
-    "medicine",
-    "doctor",
-    "sleep",
-    "salt",
-    "sugar",
-    "heart",
-    "pain",
-    "fever",
-]
+_WORDS = ("rest", "water", "exercise", "medicine", "doctor", "sleep", "salt", "heart", "pain")
 
 
 def with_uneven_answers(ready: Ready) -> Ready:
@@ -73,11 +61,10 @@ def weights(ready: Ready, stage: Trained) -> dict[str, torch.Tensor]:
 
 
 _WAYS: dict[str, dict[str, Any]] = {
-    "one by one, packed": {"batch_size": 1, "gradient_accumulation": 8, "packing": True},
-    "four by four, packed": {"batch_size": 4, "gradient_accumulation": 2, "packing": True},
-    "all at once, padded": {"batch_size": 8, "gradient_accumulation": 1, "packing": False},
-    "two by two, padded": {"batch_size": 2, "gradient_accumulation": 4, "packing": False},
-    "one by one": {"batch_size": 1, "gradient_accumulation": 8, "packing": False},
+    "one-by-one-packed": {"batch_size": 1, "gradient_accumulation": 8, "packing": True},
+    "four-by-four-packed": {"batch_size": 4, "gradient_accumulation": 2, "packing": True},
+    "all-at-once-padded": {"batch_size": 8, "gradient_accumulation": 1, "packing": False},
+    "two-by-two-padded": {"batch_size": 2, "gradient_accumulation": 4, "packing": False},
 }
 
 
@@ -138,3 +125,11 @@ def test_an_evaluation_does_not_depend_on_its_batches(make_run: MakeRun, stage: 
         found += losses(ready.run, stage, "eval")
     assert len(found) == 4
     assert found == pytest.approx([found[0]] * 4, rel=1e-5)
+
+
+def test_reading_ahead_changes_nothing(make_run: MakeRun) -> None:
+    here = started(make_run, "here", "sft", batch_size=4)
+    ahead = started(make_run, "ahead", "sft", batch_size=4, trainer={"dataloader_num_workers": 1})
+    for ready in (here, ahead):
+        train(ready, "sft")
+    same_training(ahead.run, here.run, "sft")

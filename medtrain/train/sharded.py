@@ -1,4 +1,4 @@
-"""What ZeRO-3 has to be told of PEFT's layers of new tokens.
+"""What DeepSpeed has to be told of adapters, and ZeRO-3 of PEFT's layers of new tokens.
 
 DeepSpeed gathers a module's own weights for the time of its forward pass. PEFT's token layers use
 the embedding inside them, and TRL's losses multiply by the output layer without calling it, which
@@ -13,6 +13,20 @@ from typing import Any
 
 from peft.tuners.trainable_tokens import TrainableTokensLayer, layer
 from trl.trainer import utils as trl_utils
+
+
+def fit_buckets(plugin: Any, model: Any) -> None:
+    """Make DeepSpeed's buckets for gradients as large as an adapter's are at most.
+
+    They are laid out beforehand, for 500 million numbers unless told otherwise: 2 GB.
+
+    Args:
+        plugin: accelerate's, before DeepSpeed is initialised.
+        model: tells how many numbers are trained.
+    """
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    zero = plugin.deepspeed_config["zero_optimization"]
+    zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = max(trained, 1)
 
 
 def keep_token_layers_whole(model: Any) -> None:
