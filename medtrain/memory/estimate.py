@@ -31,8 +31,6 @@ FRAGMENTATION = 0.05
 _FLOAT32 = 4
 _LIVE_ELEMENTS = 1e9
 """ZeRO-3 gathers up to so many elements (`stage3_max_live_parameters`)."""
-_BUCKET_ELEMENTS = 5e8
-"""Of DeepSpeed's buffer for gradients (`reduce_bucket_size`)."""
 
 _SHARDED: dict[Strategy, frozenset[str]] = {
     "ddp": frozenset(),
@@ -149,7 +147,7 @@ def estimate(
     }
     bare = Estimate(strategy, checkpointing, **resident, **step, overhead=0.0, load=0.0)
     overhead = _overhead(bare.allocated, gpus)
-    load = _load(architecture, work, strategy, stored + constants, gpus)
+    load = _load(architecture, work, stored + constants, gpus)
     return Estimate(strategy, checkpointing, **resident, **step, overhead=overhead, load=load)
 
 
@@ -194,7 +192,9 @@ def _evaluation(architecture: Architecture, work: Work) -> float:
 def _gathered(architecture: Architecture, work: Work, stored: float, strategy: Strategy) -> float:
     """Weights of all GPUs that are at hand at a time."""
     if strategy in ("zero3", "zero3-offload"):
-        return min(stored, _LIVE_ELEMENTS * work.dtype_bytes)
+        # What lies below new tokens stays whole (medtrain.train.sharded).
+        whole = architecture.embedding_weights * work.dtype_bytes if work.new_rows else 0
+        return whole + min(stored - whole, _LIVE_ELEMENTS * work.dtype_bytes)
     if strategy == "fsdp2":  # a layer, the next one, and what belongs to no layer
         outside = architecture.embedding_weights * work.dtype_bytes
         return outside + 2 * (stored - outside) / architecture.layers
@@ -203,22 +203,16 @@ def _gathered(architecture: Architecture, work: Work, stored: float, strategy: S
 
 def _buffers(trained: int, strategy: Strategy, gpus: int) -> float:
     """Where gradients are summed over GPUs."""
-    if strategy.startswith("zero"):
-        return _BUCKET_ELEMENTS * _FLOAT32
-    return float(trained * _FLOAT32) if strategy == "ddp" and gpus > 1 else 0.0
+    return float(trained * _FLOAT32) if strategy != "fsdp2" and gpus > 1 else 0.0
 
 
 def _overhead(allocated: float, gpus: int) -> float:
     return CONTEXT + (COMMUNICATION if gpus > 1 else 0.0) + FRAGMENTATION * allocated
 
 
-def _load(
-    architecture: Architecture, work: Work, strategy: Strategy, base: float, gpus: int
-) -> float:
-    """A quantised base is loaded whole on every GPU before anything shards it; a plain one is
-    sharded while it is read. Growing the vocabulary needs an embedding matrix twice."""
-    sharded = "weights" in _SHARDED[strategy] or strategy in _OFFLOADED
-    whole = base if work.quantized or not sharded else base / gpus
+def _load(architecture: Architecture, work: Work, base: float, gpus: int) -> float:
+    """The base is loaded whole on every GPU before anything shards it. Growing the vocabulary needs
+    an embedding matrix twice."""
     matrix = architecture.vocab * architecture.hidden * work.dtype_bytes
-    alive = whole + (matrix if work.new_rows else layers.dequantized(architecture, work))
+    alive = base + (matrix if work.new_rows else layers.dequantized(architecture, work))
     return alive + _overhead(alive, gpus)

@@ -38,8 +38,9 @@ def test_the_cheapest_that_fits() -> None:
     assert (small.strategy, small.checkpointing, small.fits) == ("ddp", True, True)
     assert "ddp with activation checkpointing needs" in small.reason
     assert "ddp would need" in small.reason
-    sharded = choice(79, 8, LLAMA_70B, model=PLAIN)
+    sharded = choice(45, 8, LLAMA_70B)
     assert (sharded.strategy, sharded.fits) == ("zero3", True)
+    assert not choice(79, 8, LLAMA_70B, model=PLAIN).fits, "it is loaded whole before it is sharded"
 
 
 @given(gib=st.floats(4, 200), gpus=st.integers(1, 64), stage=st.sampled_from(["sft", "dpo"]))

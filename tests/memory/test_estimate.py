@@ -106,14 +106,14 @@ def test_each_strategy_shares_what_it_should() -> None:
         assert parts(strategy).activations == whole.activations, "nothing shards activations"
 
 
-def test_a_quantised_base_is_loaded_whole_wherever_it_goes_later() -> None:
+def test_the_base_is_loaded_whole_wherever_it_goes_later() -> None:
     stored, constants = base_bytes(LLAMA_8B, WORK)
     for strategy in STRATEGIES:
         assert parts(strategy, gpus=64).load > stored + constants
     plain = replace(WORK, quantized=False)
     whole = 2 * 8_030_261_248
-    assert estimate(LLAMA_8B, plain, "ddp", gpus=64).load > whole
-    assert estimate(LLAMA_8B, plain, "zero3", gpus=64).load < whole / 4
+    for strategy in STRATEGIES:
+        assert estimate(LLAMA_8B, plain, strategy, gpus=64).load > whole
 
 
 def test_new_tokens_cost_a_gradient_of_the_whole_output_layer() -> None:
