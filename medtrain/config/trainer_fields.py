@@ -71,6 +71,7 @@ _OWNED = {
     "report_to": "set `train.trackers`",
     "padding_free": "set `packing`",
     "precompute_ref_log_probs": "medtrain computes the reference before it trains",
+    "ld_alpha": "the reference is kept as sums over answers, not by token",
     "disable_dropout": "set `sft.lora.dropout`",
     "fp16": "set `model.dtype`",
 }

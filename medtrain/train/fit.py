@@ -169,7 +169,6 @@ class Fit:
                 Telemetry(
                     metrics,
                     progress,
-                    trainer.meter,
                     early_stopping=section.early_stopping,
                     checkpoint_steps=section.checkpoint_steps,
                 )

@@ -19,6 +19,10 @@ import torch
 
 from medtrain.train.loader import Forward
 
+SPEED_FIGURES = (
+    "tokens_per_s", "padding", "step_s", "data_wait_s", "memory_peak_bytes", "mfu",
+)  # fmt: skip
+"""What a line of metrics says of speed."""
 _FLOPS_A_WEIGHT_AND_TOKEN = 4.0
 
 

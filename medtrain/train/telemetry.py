@@ -1,6 +1,6 @@
 """What a training run tells while it goes: metrics for the report, progress for a person.
 
-The trainer's log lines and the meter's figures → one JSON object a line in the run's metrics file
+The trainer's log lines, the meter's figures in them → one JSON object a line in the metrics file
 (on resume, lines after the resumed step are dropped first) → the console's bar: loss, learning
 rate, tokens a second. The same callback saves between evaluations, and stops a run early.
 """
@@ -19,7 +19,7 @@ from medtrain.console import ProgressTask
 from medtrain.errors import MedtrainError
 from medtrain.files import write_bytes
 from medtrain.train.checkpoints import evaluations_since_best
-from medtrain.train.speed import SpeedMeter
+from medtrain.train.speed import SPEED_FIGURES
 
 _NAMES = {
     "loss": "loss",
@@ -50,6 +50,7 @@ def metrics_line(logs: Mapping[str, Any], step: int) -> dict[str, Any] | None:
         # JSON has no word for the norm of a gradient that is no number.
         if value is not None and (ours == "loss" or math.isfinite(value)):
             line[ours] = int(value) if ours == "tokens" else float(value)
+    line.update({name: logs[name] for name in SPEED_FIGURES if name in logs})
     return line
 
 
@@ -74,13 +75,12 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
         self,
         metrics: Path | None,
         progress: ProgressTask,
-        meter: SpeedMeter,
         *,
         early_stopping: int = 0,
         checkpoint_steps: int | None = None,
     ) -> None:
         """`metrics` is None in processes that do not keep the books."""
-        self._metrics, self._progress, self._meter = metrics, progress, meter
+        self._metrics, self._progress = metrics, progress
         self._early_stopping, self._checkpoint_steps = early_stopping, checkpoint_steps
         self._figures: dict[str, float] = {}
 
@@ -119,7 +119,6 @@ class Telemetry(TrainerCallback):  # type: ignore[misc]
                 "float16.",
             )
         if line["kind"] == "train":
-            line.update(self._meter.line())
             self._figures = self._shown(line)
         if self._metrics is not None:
             with self._metrics.open("a", encoding="utf-8") as handle:

@@ -172,9 +172,22 @@ def _shared(
         "log_level": "error",
         "log_level_replica": "error",
         "disable_tqdm": True,
-        "report_to": list(config.train.trackers) or "none",
+        "report_to": _trackers(run, config, stage),
         "run_name": f"{config.name}-{stage}",
     }
+
+
+def _trackers(run: Run, config: RunConfig, stage: Trained) -> list[str] | str:
+    """The trackers that metrics go to, as transformers takes them."""
+    for tracker in config.train.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise ConfigError(
+                f"train.trackers: {tracker} is not installed",
+                fix=f"pip install {tracker}, or leave it out: {run.logs} has the metrics anyway.",
+            )
+    if "tensorboard" in config.train.trackers:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.logs / "tensorboard" / stage))
+    return list(config.train.trackers) or "none"
 
 
 def _liger(config: RunConfig) -> bool:

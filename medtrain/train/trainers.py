@@ -145,6 +145,12 @@ class AdapterTrainer(StepTrainer):
         plugin = self.accelerator.state.deepspeed_plugin
         return int(plugin.zero_stage) if plugin is not None else 0
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """With the speed of training, where it is a line about training."""
+        if "loss" in logs:
+            logs.update(self.meter.line())
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
     # Stopping
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

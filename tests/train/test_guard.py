@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from trl import DPOTrainer, SFTTrainer
+from trl import SFTTrainer
 
 from medtrain.errors import MedtrainError
 from medtrain.run import Trained
+from medtrain.train import dpo
 from medtrain.train.adapter import WEIGHTS_FILE
 from medtrain.train.batches import BatchPlan
 from medtrain.train.guard import LossGuard
-from medtrain.train.rows import sft_rows
+from medtrain.train.reference import read_reference
+from medtrain.train.rows import dpo_rows, sft_rows
 from medtrain.train.step import StepTrainer
 from tests.train.conftest import MakeRun, Ready, adapter_bytes
 from tests.train.training import metrics, stopped_at, train
@@ -45,27 +47,21 @@ def infinite_gradient(loss: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def spoilt(
-    monkeypatch: pytest.MonkeyPatch, row: dict[str, Any], spoil: Spoil, column: str = "input_ids"
-) -> None:
+def spoilt(monkeypatch: pytest.MonkeyPatch, row: dict[str, Any], spoil: Spoil) -> None:
     """Spoil the loss of every forward pass in training that has a row."""
-    ids = torch.tensor(row[column])
+    ids = torch.tensor(row["input_ids"])
+    original = SFTTrainer.compute_loss
 
     def has_it(inputs: Any) -> bool:
         found = inputs["input_ids"][:, : len(ids)]
         return found.shape[1] == len(ids) and bool((found == ids).all(dim=1).any())
 
-    for trainer in (SFTTrainer, DPOTrainer):
+    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        bad = has_it(inputs)
+        loss = original(self, model, inputs, *args, **kwargs)
+        return spoil(loss) if bad and self.model.training else loss
 
-        def compute_loss(
-            self: Any, model: Any, inputs: Any, *args: Any, original: Any = trainer.compute_loss,
-            **kwargs: Any,
-        ) -> Any:  # fmt: skip
-            bad = has_it(inputs)
-            loss = original(self, model, inputs, *args, **kwargs)
-            return spoil(loss) if bad and self.model.training else loss
-
-        monkeypatch.setattr(trainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
 
 
 def row_of_step(ready: Ready, step: int) -> tuple[dict[str, Any], str]:
@@ -112,14 +108,21 @@ def test_the_very_first_loss_may_be_left_out(
 def test_a_pair_whose_loss_is_no_number_is_left_out(
     make_dpo_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from medtrain.train.rows import dpo_rows
-
+    """Its rewards are no numbers either, and would make all means of the line so."""
     ready = make_dpo_run(dpo={**_SECTION, "epochs": 1, "packing": False})
-    rows = dpo_rows(ready.run, ready.config, ready.chat)
-    spoilt(monkeypatch, rows.train.dataset[3], no_number, "prompt_ids")
+    bad = dpo_rows(ready.run, ready.config, ready.chat).train.ids[20]
+
+    def spoilt_reference(*args: Any) -> dict[str, tuple[float, float]]:
+        return {**read_reference(*args), bad: (math.nan, -1.0)}
+
+    monkeypatch.setattr(dpo, "read_reference", spoilt_reference)
     assert train(ready, "dpo")["steps"] == 10
     assert finite(ready, "dpo")
-    assert all("rewards_margin" in line for line in metrics(ready.run, "dpo"))
+    lines = [line for line in metrics(ready.run, "dpo") if line["kind"] == "train"]
+    assert len(lines) == 5
+    assert all(
+        {"rewards_margin", "rewards_chosen", "logps_chosen"} <= line.keys() for line in lines
+    )
 
 
 def test_more_than_allowed_stop_the_training_and_name_the_rows(

@@ -35,6 +35,7 @@ from medtrain.train.dpo import train_dpo
 from medtrain.train.merge import merge_adapter
 from medtrain.train.merged_files import MERGE_RECORD, full_disk_as_oserror
 from medtrain.train.model import load_base, load_merged
+from medtrain.train.reference import compute_reference
 from medtrain.train.sft import train_sft
 from tests.tiny import VOCAB_SIZE
 from tests.train.conftest import MakeRun, Ready
@@ -157,6 +158,7 @@ def test_new_tokens_fit_from_the_base_to_the_last_merge(make_run: MakeRun, base_
     by_peft = PeftModel.from_pretrained(grown, ready.run.adapter("sft"))
     assert (logits(by_peft) - logits(merged)).abs().max() < 1e-4
 
+    compute_reference(ready.run, ready.config, ready.console)
     train_dpo(ready.run, ready.config, ready.console)
     merge_adapter(ready.run, ready.config, ready.console, "dpo")
     preferred = AutoModelForCausalLM.from_pretrained(ready.run.merged("dpo"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -22,7 +23,6 @@ from medtrain.train.checkpoints import Plan, best_step, evaluations_since_best
 from medtrain.train.model import load_base
 from medtrain.train.rows import IGNORED, is_validation, sft_rows
 from medtrain.train.sft import train_sft
-from medtrain.train.speed import SpeedMeter
 from medtrain.train.telemetry import Telemetry, metrics_line
 from medtrain.train.trainer_settings import choose_optimizer, make_plan, sft_settings
 from medtrain.train.trainers import SupervisedTrainer
@@ -240,7 +240,7 @@ def test_telemetry_stops_on_a_loss_that_is_no_number() -> None:
         global_step = 7
 
     with Console(quiet=True).progress("sft", 10) as progress:
-        telemetry = Telemetry(None, progress, SpeedMeter(1.0, 1, None))
+        telemetry = Telemetry(None, progress)
         with pytest.raises(MedtrainError, match="nan at step 7"):
             telemetry.on_log(None, State(), None, {"loss": math.nan, "epoch": 1.0})
 
@@ -273,6 +273,30 @@ def test_the_metrics_are_json_lines(make_run: MakeRun) -> None:
     train_sft(ready.run, ready.config, ready.console)
     lines = ready.run.metrics("sft").read_text().splitlines()
     assert all(json.loads(line)["kind"] in {"train", "eval"} for line in lines)
+
+
+def test_trackers_get_what_the_metrics_file_gets(make_run: MakeRun) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    ready = make_run(sft={"max_steps": 4}, train={"trackers": ["tensorboard"]})
+    train_sft(ready.run, ready.config, ready.console)
+    (events,) = (ready.run.logs / "tensorboard" / "sft").rglob("events.*")
+    seen = EventAccumulator(str(events))
+    seen.Reload()
+    lines = [line for line in read_jsonl(ready.run.metrics("sft")) if line["kind"] == "train"]
+    for theirs, ours in (("train/loss", "loss"), ("train/tokens_per_s", "tokens_per_s")):
+        assert [event.value for event in seen.Scalars(theirs)] == pytest.approx(
+            [line[ours] for line in lines], rel=1e-5
+        )
+
+
+def test_a_tracker_that_is_not_installed_is_named(make_run: MakeRun) -> None:
+    missing = [name for name in ("mlflow", "wandb", "trackio") if not find_spec(name)]
+    if not missing:
+        pytest.skip("every tracker is installed here")
+    ready = make_run(train={"trackers": missing[:1]})
+    with pytest.raises(ConfigError, match=f"{missing[0]} is not installed"):
+        train_sft(ready.run, ready.config, ready.console)
 
 
 def _without_console(ready: Ready) -> tuple[Any, Any, Any]:
