@@ -27,7 +27,7 @@ from medtrain.lineage import Fingerprint, Lineage, Standing, choose, flatten, ve
 from medtrain.run import Run
 from medtrain.selection import Selection
 from medtrain.shards import CollectOnly, Drive, UnsoundShardError, run_here
-from medtrain.stages import Stage
+from medtrain.stage import Stage
 
 _PEER_WAIT_S = 120.0
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from medtrain import stages
 from medtrain.errors import ConfigError
-from medtrain.stages import STAGES, Stage
+from medtrain.stage import Stage
+from medtrain.stages import STAGES
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ LAYERS = [
     {"evaluate"},
     {"report"},
     {"inputs"},
+    {"stage"},
     {"stages"},
     {"selection", "launch"},
     {"pipeline"},

@@ -127,7 +127,8 @@ def test_a_changed_setting_reruns_what_depends_on_it_and_says_why(copy: tuple[Pa
 def test_settings_that_change_no_result_rerun_nothing(copy: tuple[Path, Run]) -> None:
     config, _ = copy
     result = medtrain("run", config, "judge.concurrency=2", "generate.num_shards=3",
-                      "evaluate.batch_size=4", "sft.log_every=3", "dpo.reference_shards=2")  # fmt: skip
+                      "evaluate.batch_size=4", "sft.log_every=3", "sft.checkpoint_steps=5",
+                      "dpo.reference_shards=2")  # fmt: skip
     assert events(result.stdout, "stage_start") == []
 
 

@@ -33,7 +33,8 @@ from medtrain.shards import (
     missing_units,
     open_phase,
 )
-from medtrain.stages import STAGES, Stage, by_name
+from medtrain.stage import Stage
+from medtrain.stages import STAGES, by_name
 
 
 class ArrayPlace(NamedTuple):

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from medtrain.cluster.ledger import Condition, Step
 from medtrain.config import JobKind, RunConfig
 from medtrain.shards import Unit
-from medtrain.stages import PhaseRow, Stage, by_name
+from medtrain.stage import PhaseRow, Stage
+from medtrain.stages import by_name
 
 _KIND_OF_STAGE: dict[str, JobKind] = {
     "sft": "sft", "dpo": "dpo", "merge-sft": "merge", "merge-dpo": "merge",

@@ -33,7 +33,7 @@ from medtrain.run import Run, Trained
 from medtrain.shards import Request
 from medtrain.shards.costs import CostModel, measured_costs
 from medtrain.shards.progress import shard_progress
-from medtrain.stages import Stage
+from medtrain.stage import Stage
 from medtrain.status.sharded import shard_directory
 from medtrain.status.training import training_progress
 

@@ -37,7 +37,8 @@ from medtrain.shards import (
     open_phase,
     shard_progress,
 )
-from medtrain.stages import Stage, by_name
+from medtrain.stage import Stage
+from medtrain.stages import by_name
 
 _POLL_S = 0.3
 _A_MONTH_MIN = 60 * 24 * 30

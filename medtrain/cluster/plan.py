@@ -33,7 +33,8 @@ from medtrain.errors import ConfigError
 from medtrain.pipeline import table
 from medtrain.run import Run, Trained
 from medtrain.selection import Selection
-from medtrain.stages import Stage, needed_before
+from medtrain.stage import Stage
+from medtrain.stages import needed_before
 
 
 @dataclass(frozen=True, slots=True)

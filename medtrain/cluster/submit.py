@@ -30,7 +30,8 @@ from medtrain.lineage import flatten
 from medtrain.pipeline import Pipeline
 from medtrain.run import Run
 from medtrain.selection import Selection
-from medtrain.stages import STAGES, Stage, needed_before
+from medtrain.stage import Stage
+from medtrain.stages import STAGES, needed_before
 
 _HOW = ("train", "cluster")
 """Sections that say how a run is computed, and not what."""

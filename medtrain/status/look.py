@@ -11,7 +11,8 @@ from medtrain.config import RunConfig
 from medtrain.console import Console
 from medtrain.pipeline import Pipeline, summary
 from medtrain.run import Run
-from medtrain.stages import Stage, needed_before, stages_of
+from medtrain.stage import Stage
+from medtrain.stages import needed_before, stages_of
 from medtrain.status.advice import Advice, advise
 from medtrain.status.facts import Failure, GpuTime, StageStatus, State, gpu_json
 from medtrain.status.holder import living_holder

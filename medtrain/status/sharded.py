@@ -14,7 +14,7 @@ from medtrain.config import RunConfig
 from medtrain.run import Run
 from medtrain.shards.failures import shard_failures
 from medtrain.shards.progress import Progress, shard_progress
-from medtrain.stages import Stage
+from medtrain.stage import Stage
 from medtrain.status.facts import Amount, Failure, GpuTime, Shards, StageStatus
 
 
