@@ -134,7 +134,8 @@ def test_rules_between_sections_are_in_the_same_message() -> None:
     )
     assert message.startswith("5 problems")
     for part in ("sft.packing needs another", "dpo: early_stopping needs",
-                 "generate.engine=openai needs", "evaluate.engine=openai needs", "Did you mean 'rules'"):  # fmt: skip
+                 "generate.engine=openai needs", "evaluate.engine=openai needs",
+                 "Did you mean 'rules'"):  # fmt: skip
         assert part in message
     # A section with a mistake of its own is not judged by what its defaults would be.
     wrong = tree(model={"attention": "eager"}, sft={"packing": True})

@@ -486,8 +486,11 @@ def test_rejection_without_a_best_answer_says_so(ready_for: Callable[..., Ready]
         ({"desirable_weight": 2.0}, "desirable_weight is used by method: kto only"),
         ({"method": "kto", "undesirable_weight": 0}, "greater than 0"),
         ({"method": "orpo", "trainer": {"f_divergence_type": "forward_kl"}}, "share no such field"),
-        ({"method": "kto", "trainer": {"ld_alpha": 0.5}}, "KTOConfig has no such field"),
-        ({"method": "rejection", "trainer": {"ld_alpha": 0.5}}, "SFTConfig has no such field"),
+        ({"method": "kto", "trainer": {"use_weighting": True}}, "KTOConfig has no such field"),
+        (
+            {"method": "rejection", "trainer": {"use_weighting": True}},
+            "SFTConfig has no such field",
+        ),
     ],
 )
 def test_settings_without_an_effect_are_refused(dpo: dict[str, Any], said: str) -> None:
@@ -509,4 +512,4 @@ def test_settings_with_an_effect_are_not() -> None:
         assert config_of(dumped).dpo.method == method
     config_of({"method": "kto", "desirable_weight": 1.3, "beta": 0.2})
     config_of({"method": "orpo", "beta": 0.2, "trainer": {"adam_beta2": 0.95}})
-    config_of({"loss_type": "robust", "label_smoothing": 0.1, "trainer": {"ld_alpha": 0.5}})
+    config_of({"loss_type": "robust", "label_smoothing": 0.1, "trainer": {"use_weighting": True}})
