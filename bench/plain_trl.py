@@ -3,8 +3,8 @@
 token ids in the order in which medtrain takes them → TRL's SFTTrainer or DPOTrainer with medtrain's
 settings (optimiser, schedule, clipping, dtype), but batches of `batch_size` rows padded to
 `max_length`, several of them accumulated to a step, and DPO's reference computed in every step by a
-copy of the adapter that training starts from. The adapter keeps its float32 as medtrain's does:
-TRL's cast to bfloat16 would learn something else, and on a CPU more slowly.
+copy of the adapter that training starts from. The adapter keeps its float32 as medtrain's does, in
+place of TRL's cast to bfloat16, so that both sides learn the same.
 """
 
 from __future__ import annotations

@@ -54,12 +54,13 @@ class Fit:
         device = trainer.args.device
         section = getattr(self.config, self.stage)
         model = trainer.model.get_base_model()
-        peak = None
+        dtype, peak = compute_dtype(self.config), None
         if torch.cuda.is_available():
-            dtype = str(compute_dtype(self.config)).removeprefix("torch.")
-            peak = get_peak_flops_per_device(trainer.accelerator, dtype)
+            name = str(dtype).removeprefix("torch.")
+            peak = get_peak_flops_per_device(trainer.accelerator, name)
+        rounded = dtype == torch.bfloat16 and self.plan.strategy.startswith("zero")
         trainer.feed(
-            fed,
+            fed._replace(autocast=dtype if rounded else None),
             self.stop,
             LossGuard(self.stage, fed.ids, section.max_bad_batches, device),
             SpeedMeter(model.num_parameters(exclude_embeddings=True), self.plan.processes, peak),

@@ -45,6 +45,8 @@ class Fed(NamedTuple):
     """Tokens with a loss of every row; None where the loss is a mean over rows."""
     eval_plan: BatchPlan | None
     eval_items: Sequence[int] | None = None
+    autocast: torch.dtype | None = None
+    """Precision of forward passes where weights are in another; None for theirs."""
 
 
 class StepTrainer:
@@ -120,6 +122,13 @@ class StepTrainer:
         return 0
 
     # Training
+
+    def compute_loss_context_manager(self) -> Any:
+        """The precision of forward passes, which accelerate does not see to under DeepSpeed."""
+        contexts = super().compute_loss_context_manager()  # type: ignore[misc]
+        if self._is_deepspeed and self.fed.autocast is not None:
+            contexts.enter_context(torch.autocast(self.args.device.type, self.fed.autocast))
+        return contexts
 
     def training_step(
         self, model: Any, batch: StepBatch, num_items_in_batch: torch.Tensor | None = None
@@ -244,7 +253,7 @@ class StepTrainer:
         for forward, weight in dataloader:
             if self.stop.agreed(self.args.device):
                 raise EvaluationStoppedError
-            with torch.no_grad():
+            with torch.no_grad(), self.compute_loss_context_manager():
                 loss = self.compute_loss(model, self._prepare_inputs(dict(forward.inputs)))
             if weight:
                 sums += torch.tensor([float(loss) * weight, weight], dtype=torch.float64)

@@ -153,7 +153,9 @@ def _shared(
         "optim": choose_optimizer(config, stage, console),
         "gradient_checkpointing": checkpoints_activations(run, config, stage, plan),
         "use_cpu": use_cpu,
-        "bf16": dtype == torch.bfloat16,
+        # DeepSpeed would round the adapter itself to it; there the loss is computed in it
+        # (medtrain.train.step).
+        "bf16": dtype == torch.bfloat16 and not plan.strategy.startswith("zero"),
         "fp16": dtype == torch.float16,
         "logging_steps": section.log_every,
         "logging_nan_inf_filter": False,

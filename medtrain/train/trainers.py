@@ -229,7 +229,7 @@ class AnswerTrainer(AdapterTrainer):
         self.model.eval()
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         known = ("input_ids", "attention_mask", "packed")
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.compute_loss_context_manager():
             outputs = PackedForward(self.model)(
                 **{key: inputs[key] for key in known if key in inputs},
                 labels=labels, fused_lm_head=True, use_cache=False,

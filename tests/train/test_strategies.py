@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from medtrain.files import read_json, read_jsonl
 from medtrain.run import Run, Trained
@@ -190,3 +192,14 @@ def test_a_checkpoint_names_who_wrote_it(ready: Path, tmp_path: Path) -> None:
     assert manifest["plan"]["processes"] == 2
     assert manifest["plan"]["strategy"] == "zero2"
     assert any("zero_pp_rank_1" in name for name in manifest["files"])
+
+
+def test_in_bfloat16_deepspeed_leaves_the_adapter_in_float32(ready: Path, tmp_path: Path) -> None:
+    run = copied(ready, tmp_path, without="sft")
+    result = train(run, "sft", *both("zero3"), "model.dtype=bfloat16", "sft.max_steps=4")
+    assert result.returncode == 0, result.stderr
+    assert {w.dtype for w in load_file(run.adapter("sft") / WEIGHTS_FILE).values()} == {
+        torch.float32
+    }
+    expected = losses(Run(ready), "sft")[:2]
+    assert losses(run, "sft")[:2] == pytest.approx(expected, rel=1e-2)
