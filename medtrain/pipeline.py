@@ -253,9 +253,9 @@ class Pipeline:
         )
 
     def _remove(self, stage: Stage) -> None:
-        """Take away what another fingerprint made; a trained adapter is kept aside, once."""
+        """Take away what another fingerprint made; what was trained is kept aside, once."""
         for path in stage.clears(self.run, self.config):
-            if path.name == "adapter":
+            if path.name in ("adapter", "checkpoints"):
                 self._put_aside(stage, path)
             elif path.is_dir():
                 shutil.rmtree(path)
@@ -265,8 +265,8 @@ class Pipeline:
     def _put_aside(self, stage: Stage, path: Path) -> None:
         if path.exists():
             aside = self.run.root / "superseded" / stage.name
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            shutil.rmtree(aside / path.name, ignore_errors=True)
+            aside.mkdir(parents=True, exist_ok=True)
             path.rename(aside / path.name)
 
     def _wait_for_rank_zero(self, stage: Stage, fingerprint: Fingerprint) -> None:

@@ -53,12 +53,17 @@ def train_job(run: Run, config: RunConfig, stage: str, arguments: Sequence[str])
             queued again.
     """
     Lineage(run).forget_failure(stage)
-    with failure_noted(run, stage):  # once, and not by every node
-        load_secrets(config.cluster.secrets_file)
-        Pipeline(run, config, Console(quiet=True)).check_before(by_name(stage))
-    environment = {**os.environ, IN_JOB_VARIABLE: "1"}
-    step = subprocess.Popen(srun_command(config, [stage, *arguments]), env=environment)
-    ended = _wait(step, config.cluster.signal_delay_s)
+    step: subprocess.Popen[bytes] | None = None
+    _raise_when_told_to_stop()
+    try:
+        with failure_noted(run, stage):  # once, and not by every node
+            load_secrets(config.cluster.secrets_file)
+            Pipeline(run, config, Console(quiet=True)).check_before(by_name(stage))
+        environment = {**os.environ, IN_JOB_VARIABLE: "1"}
+        step = subprocess.Popen(srun_command(config, [stage, *arguments]), env=environment)
+        ended = _Ended(step.wait(), was_told=False)
+    except _TimeIsOverError:
+        ended = _stopped(step, config.cluster.signal_delay_s)
     if ended.code == 0:
         return
     # srun reports the highest code of its tasks, and a task that was killed because another one
@@ -95,19 +100,22 @@ class _Ended(NamedTuple):
     """This job was told to stop while the step ran."""
 
 
-def _wait(step: subprocess.Popen[bytes], save_s: float) -> _Ended:
-    """The step's end; told to stop, it has `save_s` seconds, which is about what the job has."""
+def _raise_when_told_to_stop() -> None:
+    """The first signal raises, from now on; those after it change nothing."""
 
     def stop(number: int, frame: FrameType | None) -> None:
+        for each in _STOP_SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
         raise _TimeIsOverError
 
     for number in _STOP_SIGNALS:
         signal.signal(number, stop)
-    try:
-        return _Ended(step.wait(), was_told=False)
-    except _TimeIsOverError:
-        for number in _STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+
+
+def _stopped(step: subprocess.Popen[bytes] | None, save_s: float) -> _Ended:
+    """The end of a step that is told to stop; it has `save_s` seconds, about what the job has."""
+    if step is None:  # before there was one
+        return _Ended(128 + signal.SIGTERM, was_told=True)
     # srun passes this on to its tasks; TERM would have it kill them.
     step.send_signal(signal.SIGUSR1)
     try:

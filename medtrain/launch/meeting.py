@@ -23,7 +23,7 @@ from medtrain.run import Run
 
 _FIRST_PORT, _PORTS = 20_000, 10_000
 _TRIES, _APART = 16, 631
-_WAIT_S = 300.0
+_WAIT_S = 900.0
 """Longer than a network file system remembers a file's absence, and than nodes start apart."""
 _PAUSE_S = 0.2
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, cast, get_args
 
 from medtrain.config import RunConfig
+from medtrain.config.training import Strategy
 from medtrain.console import Console
 from medtrain.errors import (
     DEBUG_VARIABLE,
     BadNodeError,
+    DataError,
     MedtrainError,
     TryAgainError,
     from_exit_code,
 )
+from medtrain.files import read_json
 from medtrain.launch import deepspeed_op, devices
 from medtrain.launch.command import Node, command, environment
 from medtrain.launch.meeting import Meeting, agreed
@@ -60,7 +63,7 @@ def _launch(
 
     def decide() -> Chosen:
         nonlocal chosen
-        chosen = choose(config, stage, gpus=node.total if gpus else 0)
+        chosen = _begun(run, config, stage) or choose(config, stage, gpus=node.total if gpus else 0)
         return chosen
 
     with agreed(run, stage, place, lambda: decide().strategy) as meeting:
@@ -70,6 +73,26 @@ def _launch(
             return False
         _run(run, config, stage, console, node, meeting)
     return True
+
+
+def _begun(run: Run, config: RunConfig, stage: Trained) -> Chosen | None:
+    """The strategy of a training that has begun, where `auto` might now find another one.
+
+    A job that is queued again may get other GPUs, which could not read its checkpoints.
+    """
+    if config.train.strategy != "auto" or config.train.accelerate_config is not None:
+        return None
+    written = sorted(
+        (int(path.parent.name.rpartition("-")[2]), path)
+        for path in run.checkpoints(stage).glob("checkpoint-*/complete.json")
+    )
+    if not written:
+        return None
+    try:
+        strategy = read_json(written[-1][1])["plan"]["strategy"]
+    except (DataError, KeyError, TypeError):
+        return None  # a damaged one is refused by whoever goes on from it
+    return Chosen(strategy, "as it was begun") if strategy in get_args(Strategy) else None
 
 
 def _say(chosen: Chosen, stage: str, node: Node, console: Console) -> None:

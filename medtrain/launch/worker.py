@@ -48,8 +48,9 @@ def begin() -> None:
     if strategy is not None:
         os.environ.setdefault(STRATEGY_VARIABLE, strategy)
     launcher = os.environ.get(LAUNCHER_VARIABLE)
-    if launcher is not None:
+    if is_launched():
         end_with_parent(signal.SIGKILL)
+    if launcher is not None:
         parent = os.getppid()
         # torchrun may stand between. Whoever ended before the line above sent no signal.
         if int(launcher) not in (parent, _parent_of(parent)):

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from medtrain.errors import DataError, MedtrainError
+from medtrain.errors import DataError, MedtrainError, TryAgainError
 from medtrain.files import (
     digest_of,
     fsync_directory,
@@ -105,7 +105,12 @@ def why_not_whole(path: Path) -> str | None:
                 return f"{name} has another content"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, DataError, AttributeError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise TryAgainError(
+            f"The checkpoint {path} cannot be read now: {error}",
+            fix="Run the same command when the file system answers again; nothing was removed.",
+        ) from error
+    except (DataError, AttributeError, KeyError, TypeError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     return None
 
@@ -220,6 +225,23 @@ def prune_to_best(directory: Path, step: int, history: Sequence[dict[str, Any]])
 def prune_beyond(directory: Path, step: int) -> None:
     """Remove the checkpoints after a step, and what a killed process left half written."""
     _prune(directory, {s for _, s in _checkpoints(directory) if s <= step})
+
+
+def put_aside(directory: Path, aside: Path) -> None:
+    """Move checkpoints that are of no use to `aside`, in place of those put there before.
+
+    What no manifest says was ever whole is removed.
+    """
+    for path, _ in _checkpoints(directory):
+        if not _is_complete(path):
+            shutil.rmtree(path)
+    if not _checkpoints(directory):
+        shutil.rmtree(directory, ignore_errors=True)
+        return
+    target = aside / directory.name
+    shutil.rmtree(target, ignore_errors=True)
+    aside.mkdir(parents=True, exist_ok=True)
+    directory.rename(target)
 
 
 def _prune(directory: Path, keep: set[int]) -> None:

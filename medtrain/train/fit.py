@@ -7,11 +7,10 @@ is not done again: its checkpoint is published.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -19,7 +18,13 @@ from trl.trainer.utils import get_peak_flops_per_device
 
 from medtrain.config import RunConfig
 from medtrain.console import Console
-from medtrain.errors import ConfigError, DataError, MedtrainError, TryAgainError
+from medtrain.errors import (
+    ConfigError,
+    DataError,
+    MedtrainError,
+    TryAgainError,
+    from_exit_code,
+)
 from medtrain.run import Run, Trained
 from medtrain.train import checkpoints
 from medtrain.train.adapter import AdapterFacts, read_weights
@@ -34,6 +39,9 @@ from medtrain.train.telemetry import Telemetry, keep_metrics_until
 
 if TYPE_CHECKING:
     from medtrain.data.chat import ChatTokenizer
+
+_T = TypeVar("_T")
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 @dataclass(frozen=True)
@@ -69,34 +77,51 @@ class Fit:
     def resume_point(self, trainer: Any) -> Checkpoint | None:
         """The checkpoint to go on from; metrics and checkpoints that go beyond it are removed.
 
-        The first process decides, and the others take its word: they must not differ.
-
         Raises:
             ConfigError: other processes wrote the checkpoints, and these cannot go on from them.
+            TryAgainError: the checkpoints cannot be read now.
         """
-        directory = self.run.checkpoints(self.stage)
-        decided: list[Checkpoint | None] = [None]
-        if trainer.accelerator.is_main_process:
-            found, refused = checkpoints.newest_whole(directory)
+
+        def decide() -> Checkpoint | None:
+            found, refused = checkpoints.newest_whole(self.run.checkpoints(self.stage))
             for why in refused:
                 self.console.warn("checkpoint_refused", f"{self.stage}: {why}")
-            decided = [found]
-        found = broadcast_object_list(decided)[0]
-        fits = found is not None and self._continues(found.plan)
-        if trainer.args.should_save:
+            fits = found is not None and self._continues(found.plan)
             self._clear_beyond(found if fits else None, stale=found is not None and not fits)
-        trainer.accelerator.wait_for_everyone()
-        return found if fits else None
+            return found if fits else None
+
+        return self._by_the_first(trainer, decide)
+
+    def _by_the_first(self, trainer: Any, decide: Callable[[], _T]) -> _T:
+        """What the first process decides by looking at files, or its error, in all processes.
+
+        On a shared file system two of them may see different things at the same moment.
+        """
+        said: list[Any] = [None]
+        if trainer.accelerator.is_main_process:
+            try:
+                said = [(decide(), None)]
+            except MedtrainError as error:
+                said = [(None, (error.exit_code, error.message, error.fix))]
+        decided, refused = broadcast_object_list(said)[0]
+        if refused is not None:
+            raise from_exit_code(*refused)
+        return cast("_T", decided)
 
     def _continues(self, then: Plan) -> bool:
         """Whether training goes on from checkpoints of this plan; False where it is another one."""
         now = self.plan
+        if now.strategy == "fsdp2":
+            raise ConfigError(
+                f"{self.stage} has checkpoints, and going on from them under fsdp2 is not possible",
+                fix=f"Use train.strategy=zero3, or begin anew: --force {self.stage}.",
+            )
         if then == now:
             return True
-        alike = (then.max_steps, then.steps_per_epoch, then.rows_a_step)
-        replicated = {then.strategy, now.strategy} == {"ddp"}
-        if alike == (now.max_steps, now.steps_per_epoch, now.rows_a_step):
-            if replicated:
+        if (then.max_steps, then.steps_per_epoch, then.rows_a_step) == (
+            now.max_steps, now.steps_per_epoch, now.rows_a_step,
+        ):  # fmt: skip
+            if {then.strategy, now.strategy} == {"ddp"}:
                 self.console.event(
                     "processes_changed",
                     f"{self.stage}: going on with {now.processes} processes in place of "
@@ -109,10 +134,10 @@ class Fit:
                 fix=f"Go on with train.strategy={then.strategy} and as many processes, or begin "
                 f"anew: --force {self.stage}.",
             )
-        if then.processes != now.processes and then.each == now.each:
+        if then.processes != now.processes:
             raise ConfigError(
                 f"{self.stage} was begun with {then.rows_a_step} rows a step on {then.processes} "
-                f"processes; {now.processes} processes make {now.rows_a_step}, another training",
+                f"processes; {now.processes} make {now.rows_a_step}, which is another training",
                 fix=f"Set {self.stage}.batch_size and {self.stage}.gradient_accumulation so that "
                 f"their product with the processes is {then.rows_a_step}, or begin anew: "
                 f"--force {self.stage}.",
@@ -134,18 +159,21 @@ class Fit:
         start = self.resume_point(trainer)
         if start is None or not start.finished:
             self._run_trainer(trainer, start)
-        directory = self.run.checkpoints(self.stage)
-        last, _ = checkpoints.newest_whole(directory)
-        if last is None or not last.finished:
-            raise MedtrainError(
-                f"{self.stage} ended without a whole checkpoint of its end in {directory}",
-                fix="Run the same command: it goes on from the last whole one.",
-            )
-        chosen = self._choose(directory, last)
-        self._check_changed(chosen, before)
-        if trainer.args.should_save:
+
+        def end() -> tuple[Checkpoint, Checkpoint]:
+            directory = self.run.checkpoints(self.stage)
+            last, _ = checkpoints.newest_whole(directory)
+            if last is None or not last.finished:
+                raise MedtrainError(
+                    f"{self.stage} ended without a whole checkpoint of its end in {directory}",
+                    fix="Run the same command: it goes on from the last whole one.",
+                )
+            chosen = self._choose(directory, last)
+            self._check_changed(chosen, before)
             checkpoints.publish_adapter(self.run, self.stage, chosen, self._facts())
-        trainer.accelerator.wait_for_everyone()
+            return last, chosen
+
+        last, chosen = self._by_the_first(trainer, end)
         trainer.accelerator.end_training()
         return self._figures(trainer, last, chosen)
 
@@ -183,6 +211,13 @@ class Fit:
                 trainer.stopped = True
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(error, self.config, self.stage) from error
+            except RuntimeError as error:
+                if self.plan.processes > 1 and _lost_a_process(error):
+                    raise TryAgainError(
+                        f"{self.stage} has lost one of its {self.plan.processes} processes",
+                        fix="Run the same command: it goes on from the last whole checkpoint.",
+                    ) from error
+                raise
         if trainer.stopped:
             trainer.accelerator.end_training()
             step = trainer.state.global_step
@@ -194,13 +229,13 @@ class Fit:
     def _clear_beyond(self, start: Checkpoint | None, *, stale: bool) -> None:
         directory, metrics = self.run.checkpoints(self.stage), self.run.metrics(self.stage)
         if start is None:
-            shutil.rmtree(directory, ignore_errors=True)
+            checkpoints.put_aside(directory, self.run.root / "superseded" / self.stage)
             metrics.unlink(missing_ok=True)
             if stale:
                 self.console.warn(
                     "checkpoints_ignored",
                     f"{self.stage}: the checkpoints belong to another number of steps or of rows, "
-                    "so training begins anew",
+                    "so training begins anew; they lie in superseded/",
                 )
             return
         checkpoints.prune_beyond(directory, start.step)
@@ -250,3 +285,10 @@ class Fit:
         if chosen.step in evaluated:
             figures["validation_loss"] = round(evaluated[chosen.step]["eval_loss"], 4)
         return figures
+
+
+def _lost_a_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process had ended."""
+    return isinstance(error, torch.distributed.DistError) or any(
+        word in str(error) for word in _LOST
+    )

@@ -36,7 +36,8 @@ class GoingOn(TrainerCallback):  # type: ignore[misc]
         trainer, start = self._trainer, self._start
         if start is None:
             return
-        trainer.restore_sums(start.path)
+        if start.plan.processes == trainer.plan.processes:  # else they are shares of others
+            trainer.restore_sums(start.path)
         if start.evaluated:
             return
         trainer.evaluate()

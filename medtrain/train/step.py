@@ -18,7 +18,6 @@ import torch
 from accelerate.utils import DistributedType
 from transformers.trainer_utils import EvalLoopOutput
 
-from medtrain.errors import MedtrainError
 from medtrain.train.batches import BatchPlan
 from medtrain.train.guard import LossGuard
 from medtrain.train.loader import Collate, Forward, StepBatch, StepLoader, forward_of
@@ -212,16 +211,11 @@ class StepTrainer:
         norm = super()._clip_grad_norm(model)  # type: ignore[misc]
         if norm is not None and not bool(torch.isfinite(torch.as_tensor(norm))):
             scaler = self.accelerator.scaler
-            if scaler is not None and scaler.get_scale() > 1:
-                return norm  # float16: the scaler leaves the step out and scales losses less
+            if self.args.fp16 and (scaler is None or scaler.get_scale() > 1):
+                return norm  # the scaler leaves the step out and scales losses less
             self.guard.bad_gradient(self._rows_of_step, self.state.global_step + 1)
             if self._is_deepspeed:
-                raise MedtrainError(
-                    f"The gradient of step {self.state.global_step + 1} was no number, and "
-                    "DeepSpeed has used it",
-                    fix="Run the same command: it goes on from the last checkpoint. Should it "
-                    "happen again, lower the learning rate.",
-                )
+                return norm  # it has left the step out, or the next loss will show that it has not
             self.optimizer.zero_grad()  # type: ignore[attr-defined]
         return norm
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.training_args import OptimizerNames
@@ -19,12 +19,14 @@ from trl import SFTConfig as TrlSFTConfig
 
 from medtrain.config import RunConfig, TrainingConfig
 from medtrain.config.problems import nearest
+from medtrain.config.training import Strategy
 from medtrain.console import Console
 from medtrain.errors import ConfigError
-from medtrain.memory import architecture_of, choose_strategy
+from medtrain.memory import architecture_of, needs_checkpointing
 from medtrain.run import Run, Trained
 from medtrain.train.checkpoints import Plan
 from medtrain.train.model import compute_dtype
+from medtrain.train.preemption import any_process
 
 STRATEGY_VARIABLE = "MEDTRAIN_STRATEGY"
 """Set by whoever launches several processes: one of medtrain.config.training.Strategy."""
@@ -211,17 +213,16 @@ def checkpoints_activations(run: Run, config: RunConfig, stage: Trained, plan: P
     wanted = getattr(config, stage).activation_checkpointing
     if wanted != "auto" or not torch.cuda.is_available():
         return wanted is True
-    train = config.train.model_copy(update={"strategy": plan.strategy})
     built = run.built_base if config.model.base.startswith("builtin:") else None
-    choice = choose_strategy(
-        config.model_copy(update={"train": train}),
+    return needs_checkpointing(
+        config,
         stage,
+        cast("Strategy", plan.strategy),
         gpus=plan.processes,
         gpu_bytes=torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
         architecture=architecture_of(config, built),
         auto_bytes=compute_dtype(config).itemsize,
     )
-    return choice.checkpointing
 
 
 def _steps_between_evaluations(section: TrainingConfig, plan: Plan) -> int:
@@ -267,6 +268,11 @@ def _checked(kind: Any, arguments: dict[str, Any], stage: Trained) -> Any:
             f"TRL's {kind.__name__} refuses the settings of {stage}: {str(error).splitlines()[0]}",
             fix=f"Look at {stage}.trainer, whose fields are passed on as they are.",
         ) from error
+    # Processes that checkpoint differently gather weights differently, and wait for ever.
+    agreed = any_process(bool(settings.gradient_checkpointing), settings.device)
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        if hasattr(settings, name):
+            setattr(settings, name, agreed)
     if settings.n_gpu > 1:
         # transformers would wrap the model in nn.DataParallel; here a process has one GPU.
         settings._n_gpu = 1

@@ -14,7 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +129,12 @@ class AdapterTrainer(StepTrainer):
 
     def restore_sums(self, path: Path) -> None:
         """Go on with the sums of a checkpoint, so that the next line is as if nothing had been."""
-        with suppress(FileNotFoundError):  # saved by another number of processes
-            sums = json.loads(self._sums_file(path).read_text(encoding="utf-8"))
-            self._tr_loss = torch.tensor(sums["loss"], device=self.args.device)
-            self._globalstep_last_logged = sums["since_step"]
-            self._metrics["train"].update(sums["metrics"])
-            self._total_train_tokens = sums["tokens"]
-            self.guard.restore(sums["guard"])
+        sums = json.loads(self._sums_file(path).read_text(encoding="utf-8"))
+        self._tr_loss = torch.tensor(sums["loss"], device=self.args.device)
+        self._globalstep_last_logged = sums["since_step"]
+        self._metrics["train"].update(sums["metrics"])
+        self._total_train_tokens = sums["tokens"]
+        self.guard.restore(sums["guard"])
 
     def _sums_file(self, path: Path) -> Path:
         return path / f"sums_{self.args.process_index}.json"

@@ -281,6 +281,7 @@ def test_overflows_that_a_scaler_looks_for_are_not_bad(scale: float, bad: int) -
         def __init__(self) -> None:
             scaler = _Scaler(scale)
             self.accelerator = type("A", (), {"scaler": scaler, "distributed_type": "NO"})()
+            self.args = type("A", (), {"fp16": True})()
             self.state = type("S", (), {"global_step": 0})()
             self.optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
             self.guard = guard_of()

@@ -171,7 +171,7 @@ def test_one_process_goes_on_with_what_two_began_or_says_why_not(
     one = ("train.processes=1", "train.strategy=ddp")
     fewer_rows = train(run, "sft", *one)
     assert fewer_rows.returncode == 64
-    assert "4 rows a step on 2 processes; 1 processes make 2" in " ".join(fewer_rows.stderr.split())
+    assert "4 rows a step on 2 processes; 1 make 2, which" in " ".join(fewer_rows.stderr.split())
     sharded = train(run, "sft", *both("zero2"))
     assert sharded.returncode == 64
     assert "cannot read their optimiser state" in " ".join(sharded.stderr.split())
