@@ -27,7 +27,7 @@ from medtrain.arguments import (
     Until,
     load,
 )
-from medtrain.errors import DEBUG_VARIABLE, as_medtrain_error
+from medtrain.errors import DEBUG_VARIABLE, MedtrainError, as_medtrain_error
 
 if TYPE_CHECKING:
     from medtrain.selection import Selection
@@ -272,8 +272,11 @@ def _say_interrupted() -> int:
 
 def _say(message: str, fix: str, code: int) -> int:
     from medtrain.console import is_rank_zero, show_error
+    from medtrain.launch.worker import LAUNCHER_VARIABLE
 
-    if os.environ.get(DEBUG_VARIABLE) and sys.exc_info()[0] is not None:
+    # A process that medtrain launched writes to a log, which is where a fault of ours is looked for.
+    logged = code == MedtrainError.exit_code and LAUNCHER_VARIABLE in os.environ
+    if (logged or os.environ.get(DEBUG_VARIABLE)) and sys.exc_info()[0] is not None:
         traceback.print_exc()
     if is_rank_zero():
         show_error(message, fix)

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.trainable_tokens import TrainableTokensLayer, layer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.trainable_tokens import layer as token_layers
 from trl.trainer import utils as trl_utils
 
 
@@ -30,16 +31,19 @@ def fit_buckets(plugin: Any, model: Any) -> None:
 
 
 def keep_token_layers_whole(model: Any) -> None:
-    """Gather the weights below PEFT's token layers, once and for all; a collective operation.
+    """Take the weights below PEFT's token layers out of what DeepSpeed shards.
+
+    They are frozen, so that nothing is lost by their being buffers, which it leaves alone.
 
     Args:
-        model: prepared by DeepSpeed, its parameters sharded.
+        model: not prepared by DeepSpeed yet.
     """
-    layers = [m for m in model.modules() if isinstance(m, TrainableTokensLayer)]
-    weights = {id(weight): weight for weight in (m.get_base_layer().weight for m in layers)}
-    for weight in weights.values():
-        weight.ds_persist = True
-        weight.all_gather([weight])
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            layer = module.get_base_layer()
+            weight = layer.weight.detach()
+            del layer.weight
+            layer.register_buffer("weight", weight, persistent=False)
 
 
 @contextmanager
@@ -48,12 +52,12 @@ def still_whole() -> Iterator[None]:
 
     TRL adds an adapter then, and PEFT would gather what is not scattered, on a GPU if need be.
     """
-    known = layer.check_deepspeed_zero3_enabled
-    layer.check_deepspeed_zero3_enabled = lambda: False
+    known = token_layers.check_deepspeed_zero3_enabled
+    token_layers.check_deepspeed_zero3_enabled = lambda: False
     try:
         yield
     finally:
-        layer.check_deepspeed_zero3_enabled = known
+        token_layers.check_deepspeed_zero3_enabled = known
 
 
 def let_trl_meet_merged_weights() -> None:

@@ -103,10 +103,9 @@ class AdapterTrainer(StepTrainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if self._is_deepspeed:
             fit_buckets(self.accelerator.state.deepspeed_plugin, self.model)
-        prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
-        if self._is_deepspeed and self._zero_stage == _STAGE3:
-            keep_token_layers_whole(self.model)
-        return prepared
+            if self._zero_stage == _STAGE3:
+                keep_token_layers_whole(self.model)
+        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(model or self.model, read_weights(Path(resume_from_checkpoint)))

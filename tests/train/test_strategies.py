@@ -21,6 +21,7 @@ from medtrain.files import read_json, read_jsonl
 from medtrain.run import Run, Trained
 from medtrain.train.adapter import WEIGHTS_FILE
 from tests.small_run import medtrain, write_config
+from tests.train.test_model import other_base
 
 STRATEGIES = ["ddp", "zero2", "zero3"]
 TOLERANCE = 2e-4
@@ -192,6 +193,20 @@ def test_a_checkpoint_names_who_wrote_it(ready: Path, tmp_path: Path) -> None:
     assert manifest["plan"]["processes"] == 2
     assert manifest["plan"]["strategy"] == "zero2"
     assert any("zero_pp_rank_1" in name for name in manifest["files"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_zero3_trains_new_tokens_of_an_embedding_that_it_would_shard(
+    base_dir: Path, tmp_path: Path, tied: bool
+) -> None:
+    """Weights below 100,000 numbers DeepSpeed leaves whole anyway."""
+    base = other_base(base_dir, tmp_path / "base", hidden_size=256, tie_word_embeddings=tied)
+    small = write_config(tmp_path, base)
+    result = medtrain("run", small, "--until", "sft", *both("zero3"), "sft.max_steps=4",
+                      OMP_NUM_THREADS="1")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (root,) = (tmp_path / "runs").iterdir()
+    assert losses(Run(root), "sft")[-1] < losses(Run(root), "sft")[0]
 
 
 def test_in_bfloat16_deepspeed_leaves_the_adapter_in_float32(ready: Path, tmp_path: Path) -> None:
