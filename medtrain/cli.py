@@ -274,7 +274,7 @@ def _say(message: str, fix: str, code: int) -> int:
     from medtrain.console import is_rank_zero, show_error
     from medtrain.launch.worker import LAUNCHER_VARIABLE
 
-    # A process that medtrain launched writes to a log, which is where a fault of ours is looked for.
+    # What medtrain has launched writes to a log, which is where a fault of ours is looked for.
     logged = code == MedtrainError.exit_code and LAUNCHER_VARIABLE in os.environ
     if (logged or os.environ.get(DEBUG_VARIABLE)) and sys.exc_info()[0] is not None:
         traceback.print_exc()
