@@ -90,6 +90,8 @@ _GPUS = {
     "l4": Gpu("L4", 121e12, 0.3e12, 22.0, 30.3e12),
     "t4": Gpu("T4", 65e12, 0.32e12, 14.6, 8.1e12, bfloat16=False),
 }
+KNOWN = tuple(sorted(_GPUS))
+"""Words by which a GPU is known."""
 _LARGER = {
     "a100": ("80", Gpu("A100 80 GB", 312e12, 2.039e12, 79.1, 19.5e12)),
     "v100": ("32", Gpu("V100 SXM2 32 GB", 125e12, 0.9e12, 31.7, 15.7e12, bfloat16=False)),

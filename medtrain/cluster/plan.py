@@ -17,6 +17,7 @@ from medtrain.cluster.chain import plan_chain, steps_of
 from medtrain.cluster.estimate import Basis, Estimator
 from medtrain.cluster.gpus import (
     DECODING_SHARE,
+    KNOWN,
     LOAD_BYTES_PER_S,
     STEP_FLOOR_S,
     TRAINING_SHARE,
@@ -118,6 +119,13 @@ class RunPlan:
         Raises:
             ConfigError: one does not.
         """
+        unknown = [stage for stage in self.training if stage.unknown is not None]
+        if unknown:
+            raise ConfigError(
+                f"{unknown[0].unknown} is no GPU that medtrain knows, so that nobody can say "
+                f"whether {unknown[0].stage} fits",
+                fix=f"Name one of {', '.join(KNOWN)} in cluster.gpu_type or cluster.constraint.",
+            )
         too_large = [stage for stage in self.training if not stage.choice.fits]
         if too_large:
             raise ConfigError(

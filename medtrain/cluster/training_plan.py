@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medtrain.cluster.estimate import Estimator
-from medtrain.cluster.gpus import Gpu, gpu_of
+from medtrain.cluster.gpus import KNOWN, Gpu, gpu_of
 from medtrain.cluster.site import resources_of
 from medtrain.cluster.workload import TrainingLoad, training_load
 from medtrain.errors import DataError
@@ -61,6 +61,8 @@ class TrainingPlan:
     gpu: Gpu
     assumed: bool
     """Whether the type is a guess, because the configuration names none."""
+    unknown: str | None
+    """The type that the configuration names, where medtrain does not know it."""
     load: TrainingLoad
     lengths: Lengths | None
     choice: Choice
@@ -113,6 +115,7 @@ def plan_training(estimator: Estimator, stage: Trained) -> TrainingPlan:
         gpus=wanted.gpus or 0,
         gpu=estimator.hardware.gpu(stage),
         assumed=bool(wanted.gpus) and gpu_of(wanted) is None,
+        unknown=wanted.gpu_type if wanted.gpus and gpu_of(wanted) is None else None,
         load=training_load(config, estimator.sizes, stage, processes),
         lengths=_lengths(estimator) if stage == "sft" else None,
         choice=estimator.hardware.choice(stage),
@@ -159,6 +162,11 @@ def warnings_of_training(plan: TrainingPlan, dtype: str) -> Iterator[str]:
         plan: of one stage.
         dtype: `model.dtype`.
     """
+    if plan.unknown is not None:
+        yield (
+            f"{plan.stage}: {plan.unknown} is no GPU that medtrain knows ({', '.join(KNOWN)}): its "
+            f"memory is taken to be that of a {plan.gpu.name}"
+        )
     if not plan.choice.fits:
         assumed = ", which is assumed" if plan.assumed else ""
         yield f"{plan.stage} does not fit its GPUs ({plan.gpu.name}{assumed}): see above"

@@ -68,6 +68,14 @@ def test_what_does_not_fit_is_said_and_checked() -> None:
     plan_of(config_of()).check()
 
 
+def test_a_gpu_that_nobody_knows_is_said_and_checked() -> None:
+    plan = plan_of(config_of(cluster={"gpu_type": "quantum"}))
+    assert any("quantum is no GPU that medtrain knows" in line for line in plan.warnings)
+    with pytest.raises(ConfigError, match="nobody can say whether sft fits") as caught:
+        plan.check()
+    assert "a100" in caught.value.fix
+
+
 def test_where_the_base_is_unknown_nothing_is_claimed() -> None:
     plan = plan_of(config_of(model={"base": "someone/something"}))
     sft = training_of(plan, "sft")
