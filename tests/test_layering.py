@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "medtrain"
 
 LAYERS = [
-    {"errors"},
+    {"errors", "environment"},
     {"files", "locks"},
     {"console", "config", "run", "endpoint"},
     {"digests", "memory"},

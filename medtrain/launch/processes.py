@@ -24,8 +24,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from medtrain.environment import STOP_FILE_VARIABLE
 from medtrain.errors import TryAgainError
-from medtrain.launch.worker import STOP_FILE_VARIABLE, end_with_parent
+from medtrain.launch.worker import end_with_parent
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SAME_REQUEST_S = 10.0

@@ -9,6 +9,7 @@ from typing import IO, Any, cast, get_args
 from medtrain.config import RunConfig
 from medtrain.config.training import Strategy
 from medtrain.console import Console
+from medtrain.environment import STRATEGY_VARIABLE
 from medtrain.errors import (
     DEBUG_VARIABLE,
     BadNodeError,
@@ -24,7 +25,7 @@ from medtrain.launch.meeting import Meeting, agreed
 from medtrain.launch.place import NodePlace
 from medtrain.launch.processes import Processes
 from medtrain.launch.strategy import DEEPSPEED, Chosen, choose, refuse
-from medtrain.launch.worker import IN_JOB_VARIABLE, STRATEGY_VARIABLE, begin, is_launched
+from medtrain.launch.worker import IN_JOB_VARIABLE, begin, is_launched
 from medtrain.lineage import Lineage
 from medtrain.run import Run, Trained
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from medtrain.environment import STOP_FILE_VARIABLE, STRATEGY_VARIABLE
 from medtrain.errors import MedtrainError
 from medtrain.launch.strategy_files import strategy_named
 
@@ -22,10 +23,6 @@ IN_JOB_VARIABLE = "MEDTRAIN_IN_JOB"
 """Set where a job of the run has started this process, so that the run's jobs are no strangers."""
 LAUNCHER_VARIABLE = "MEDTRAIN_LAUNCHER_PID"
 """Names the process of medtrain's launcher."""
-STOP_FILE_VARIABLE = "MEDTRAIN_STOP_FILE"
-"""Names the file whose existence means: save and end."""
-STRATEGY_VARIABLE = "MEDTRAIN_STRATEGY"
-"""How weights, gradients and state lie on the devices; not set: one process, or DDP."""
 
 # Of one process, accelerate sets no rank.
 _LAUNCHED = ("LOCAL_RANK", "RANK", "ACCELERATE_MIXED_PRECISION", LAUNCHER_VARIABLE)

@@ -17,8 +17,8 @@ from types import FrameType
 
 import torch
 
-STOP_FILE_VARIABLE = "MEDTRAIN_STOP_FILE"
-"""Names a file on the node's own disk; once it exists, the node's processes are to stop."""
+from medtrain.environment import STOP_FILE_VARIABLE
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 

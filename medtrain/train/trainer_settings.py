@@ -21,15 +21,13 @@ from medtrain.config import RunConfig, TrainingConfig
 from medtrain.config.problems import nearest
 from medtrain.config.training import Strategy
 from medtrain.console import Console
+from medtrain.environment import STRATEGY_VARIABLE
 from medtrain.errors import ConfigError
 from medtrain.memory import architecture_of, needs_checkpointing
 from medtrain.run import Run, Trained
 from medtrain.train.checkpoints import Plan
 from medtrain.train.model import compute_dtype
 from medtrain.train.preemption import any_process
-
-STRATEGY_VARIABLE = "MEDTRAIN_STRATEGY"
-"""Set by whoever launches several processes: one of medtrain.config.training.Strategy."""
 
 
 def make_plan(section: TrainingConfig, train_rows: int, strategy: str) -> Plan:

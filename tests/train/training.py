@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from medtrain.environment import STOP_FILE_VARIABLE
 from medtrain.errors import TryAgainError
 from medtrain.run import Run, Trained
 from medtrain.train.dpo import train_dpo
-from medtrain.train.preemption import STOP_FILE_VARIABLE
 from medtrain.train.sft import train_sft
 from medtrain.train.step import StepTrainer
 from medtrain.train.telemetry import Telemetry
