@@ -27,6 +27,8 @@ from medtrain.arguments import (
     Until,
     load,
 )
+from medtrain.ending import Ending
+from medtrain.environment import LAUNCHER_VARIABLE, is_launched
 from medtrain.errors import DEBUG_VARIABLE, MedtrainError, as_medtrain_error
 
 if TYPE_CHECKING:
@@ -236,6 +238,7 @@ def _run_stages(
 
 def main() -> NoReturn:
     """Run the command line; every end of it is an exit code."""
+    ending = Ending.register() if is_launched() else None
     for stream in (sys.stdout, sys.stderr):
         # An arrow that the terminal's encoding lacks must not end a run.
         if isinstance(stream, io.TextIOWrapper):
@@ -243,7 +246,10 @@ def main() -> NoReturn:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if len(arguments) < len(sys.argv) - 1:
         os.environ[DEBUG_VARIABLE] = "1"
-    sys.exit(_exit_code(arguments))
+    code = _exit_code(arguments)
+    if ending is not None:
+        ending.code = code
+    sys.exit(code)
 
 
 def _exit_code(arguments: list[str]) -> int:
@@ -272,7 +278,6 @@ def _say_interrupted() -> int:
 
 def _say(message: str, fix: str, code: int) -> int:
     from medtrain.console import is_rank_zero, show_error
-    from medtrain.launch.worker import LAUNCHER_VARIABLE
 
     # What medtrain has launched writes to a log, which is where a fault of ours is looked for.
     logged = code == MedtrainError.exit_code and LAUNCHER_VARIABLE in os.environ

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,8 +65,8 @@ def write_config(directory: Path, base: Path) -> Path:
 def medtrain(
     *arguments: str | Path, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    return subprocess.run(
+    """Run the command line in a process of its own; print what launched processes died of."""
+    done = subprocess.run(
         [sys.executable, "-m", "medtrain", *map(str, arguments)],
         capture_output=True,
         text=True,
@@ -75,3 +76,6 @@ def medtrain(
         timeout=600,
         check=False,
     )
+    for log in re.findall(r"\S+\.launch\S*\.log", done.stderr):
+        print(Path(log).read_text(errors="replace")[-4000:])
+    return done

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "medtrain"
 
 LAYERS = [
     {"errors", "environment"},
-    {"files", "locks"},
+    {"files", "locks", "ending"},
     {"console", "config", "run", "endpoint"},
     {"digests", "memory"},
     {"lineage", "quickstart"},

@@ -135,14 +135,18 @@ class ClusterConfig(Resources):
     @model_validator(mode="after")
     def _jobs_are_told_in_time(self) -> ClusterConfig:
         limits = [layer.time_min for layer in (self, *self.stages.values()) if layer.time_min]
-        if limits and min(limits) * 60 <= self.signal_delay_s:
+        if limits and min(limits) * 60 < self.signal_delay_s + _SIGNAL_EARLY_S:
             raise ValueError(
                 f"time_min: {min(limits)} leaves no time before the signal, which comes "
-                f"signal_delay_s = {self.signal_delay_s} seconds before the limit"
+                f"signal_delay_s = {self.signal_delay_s} seconds before the limit, or up to "
+                f"{_SIGNAL_EARLY_S} sooner"
             )
         return self
 
 
+_SIGNAL_EARLY_S = 60
+"""How much sooner than asked for Slurm may signal (sbatch's manual, --signal). A job that is told
+before its step has begun never hears of it."""
 _OURS = {"array", "clusters", "comment", "dependency", "error", "export", "job-name",
          "kill-on-invalid-dep", "open-mode", "output", "parsable", "quiet", "requeue", "signal",
          "test-only", "time", "wait", "wrap"}  # fmt: skip

@@ -9,6 +9,6 @@ Launchers turn every exit code into 1: processes leave their error in stages/<st
 """
 
 from medtrain.launch.stage import launch
-from medtrain.launch.worker import IN_JOB_VARIABLE, is_launched
+from medtrain.launch.worker import IN_JOB_VARIABLE
 
-__all__ = ["IN_JOB_VARIABLE", "is_launched", "launch"]
+__all__ = ["IN_JOB_VARIABLE", "launch"]

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medtrain.config import RunConfig
-from medtrain.environment import STRATEGY_VARIABLE
+from medtrain.environment import LAUNCHER_VARIABLE, STRATEGY_VARIABLE
 from medtrain.launch.devices import cpu_cores
 from medtrain.launch.meeting import Meeting
 from medtrain.launch.place import NodePlace
 from medtrain.launch.strategy import DEEPSPEED, config_file
-from medtrain.launch.worker import LAUNCHER_VARIABLE
 
 # Of an outer launcher or MPI: accelerate, torch and DeepSpeed would take its ranks, addresses and
 # sizes for ours, and libraries that find PMI look for an MPI job. Slurm's bindings of this task:

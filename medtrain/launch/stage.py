@@ -9,7 +9,7 @@ from typing import IO, Any, cast, get_args
 from medtrain.config import RunConfig
 from medtrain.config.training import Strategy
 from medtrain.console import Console
-from medtrain.environment import STRATEGY_VARIABLE
+from medtrain.environment import STRATEGY_VARIABLE, is_launched
 from medtrain.errors import (
     DEBUG_VARIABLE,
     BadNodeError,
@@ -21,11 +21,12 @@ from medtrain.errors import (
 from medtrain.files import read_json
 from medtrain.launch import deepspeed_op, devices
 from medtrain.launch.command import Node, command, environment
+from medtrain.launch.ended import error_of
 from medtrain.launch.meeting import Meeting, agreed
 from medtrain.launch.place import NodePlace
 from medtrain.launch.processes import Processes
 from medtrain.launch.strategy import DEEPSPEED, Chosen, choose, refuse
-from medtrain.launch.worker import IN_JOB_VARIABLE, begin, is_launched
+from medtrain.launch.worker import IN_JOB_VARIABLE, begin
 from medtrain.lineage import Lineage
 from medtrain.run import Run, Trained
 
@@ -147,7 +148,4 @@ def _error(run: Run, stage: str, code: int, log: Path, stopped: bool) -> Medtrai
     again = f"`medtrain run {run.config}` goes on from the last checkpoint."
     if stopped:
         return TryAgainError(f"{stage} was stopped before it had begun to train", fix=again)
-    return MedtrainError(
-        f"The {stage} processes ended with exit code {code}",
-        fix=f"What they said is in {log}. {again}",
-    )
+    return error_of(stage, code, log, again)

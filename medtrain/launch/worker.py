@@ -15,24 +15,19 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from medtrain.environment import STOP_FILE_VARIABLE, STRATEGY_VARIABLE
+from medtrain.environment import (
+    LAUNCHER_VARIABLE,
+    STOP_FILE_VARIABLE,
+    STRATEGY_VARIABLE,
+    is_launched,
+)
 from medtrain.errors import MedtrainError
 from medtrain.launch.strategy_files import strategy_named
 
 IN_JOB_VARIABLE = "MEDTRAIN_IN_JOB"
 """Set where a job of the run has started this process, so that the run's jobs are no strangers."""
-LAUNCHER_VARIABLE = "MEDTRAIN_LAUNCHER_PID"
-"""Names the process of medtrain's launcher."""
-
-# Of one process, accelerate sets no rank.
-_LAUNCHED = ("LOCAL_RANK", "RANK", "ACCELERATE_MIXED_PRECISION", LAUNCHER_VARIABLE)
 _PR_SET_PDEATHSIG = 1
 _STOP_FILE_WITHIN_S = 2.0
-
-
-def is_launched() -> bool:
-    """Whether a launcher (ours, accelerate, torchrun, deepspeed) started this process."""
-    return any(variable in os.environ for variable in _LAUNCHED)
 
 
 def begin() -> None:

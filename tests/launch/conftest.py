@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medtrain.config import RunConfig, parse_config
-from medtrain.launch.worker import is_launched
+from medtrain.environment import is_launched
 from medtrain.run import Run
 
 

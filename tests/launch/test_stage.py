@@ -47,7 +47,9 @@ def test_several_train_elsewhere_and_the_log_says_how(run: Run, runs: Runs) -> N
 def test_what_accelerate_starts_on_one_gpu_launches_nothing_again(tmp_path: Path) -> None:
     """Of one process accelerate sets no rank; each child would start the next one for ever."""
     script = tmp_path / "child.py"
-    script.write_text("from medtrain import launch\nprint('LAUNCHED', launch.is_launched())\n")
+    script.write_text(
+        "from medtrain.environment import is_launched\nprint('LAUNCHED', is_launched())\n"
+    )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1",
                "--mixed_precision=no", "--dynamo_backend=no", "--num_processes=1", "--cpu",
                str(script)]  # fmt: skip
@@ -111,7 +113,28 @@ def test_a_child_that_died_without_a_word(run: Run, runs: Runs) -> None:
     Lineage(run).record_failure("sft", DataError("of an earlier try"))
     runs("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     error = failing(run)
-    assert "exit code -9" in error.message
+    assert error.message == "Process 0 of sft was ended by SIGKILL"
+    assert "memory ran out" in error.fix
+    assert "sft.launch.log" in error.fix
+
+
+def test_of_several_the_one_that_died_first_is_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "child.py").write_text(
+        "import os, time\nif os.environ['RANK'] == '1': os.abort()\ntime.sleep(60)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    monkeypatch.setattr(stage, "command", lambda *given: [*torchrun, str(tmp_path / "child.py")])
+    error = failing(run)
+    assert error.message == "Process 1 of sft was ended by SIGABRT"
+    assert "memory" not in error.fix
+
+
+def test_processes_that_end_themselves_are_quoted_by_their_code(run: Run, runs: Runs) -> None:
+    runs("raise SystemExit(3)")
+    error = failing(run)
+    assert error.message == "The sft processes ended with exit code 3"
     assert "sft.launch.log" in error.fix
 
 

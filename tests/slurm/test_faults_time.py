@@ -49,13 +49,13 @@ def test_a_node_that_loses_power_costs_the_rows_in_flight(tmp_path, cluster, ser
 
 
 def test_a_task_that_reaches_its_time_limit_goes_on_in_another(tmp_path, cluster, server, expected):
-    limits = {"signal_delay_s": 30, "stages": {"judge": {"time_min": 1}}}
+    limits = {"signal_delay_s": 60, "stages": {"judge": {"time_min": 2}}}
     judge = server.settings(num_shards=2)
     chain = ready_to_judge(tmp_path, cluster, rows=ROWS, judge=judge, resources=limits)
     server.hold(f"q{n}" for n in range(12, ROWS))
     chain.submit()
     held = server.clients(2)
-    chain.wait_until(lambda: chain.log_of(ARRAY).count("queued again") >= 2, "time is over", 90)
+    chain.wait_until(lambda: chain.log_of(ARRAY).count("queued again") >= 2, "time is over", 150)
     server.release()
     chain.wait_done()
     assert chain.collected() == expected

@@ -266,10 +266,13 @@ import sys
 from pathlib import Path
 from medtrain.config import load_config
 from medtrain.console import Console, quiet_libraries
+from medtrain.ending import Ending
 from medtrain.run import Run
+ending = Ending.register()
 quiet_libraries()
 from medtrain.train.dpo import train_dpo
 train_dpo(Run(Path(sys.argv[1])), load_config(Path(sys.argv[1])), Console(quiet=True))
+ending.code = 0
 """
 
 

@@ -28,8 +28,10 @@ from importlib import import_module
 from pathlib import Path
 from medtrain.config import load_config
 from medtrain.console import Console, quiet_libraries
+from medtrain.ending import Ending
 from medtrain.run import Run
 from medtrain.train.telemetry import Telemetry
+ending = Ending.register()
 quiet_libraries()
 stage, root, *killed_at = sys.argv[1:]
 
@@ -40,6 +42,7 @@ def on_step_begin(self, args, state, control, **kwargs):
 Telemetry.on_step_begin = on_step_begin
 train = getattr(import_module(f"medtrain.train.{stage}"), f"train_{stage}")
 train(Run(Path(root)), load_config(Path(root)), Console(quiet=True))
+ending.code = 0
 """
 _LONG = {
     "sft": {"sft": {"max_steps": 40, "evals_per_epoch": 1, "log_every": 1, "batch_size": 4,
