@@ -6,6 +6,7 @@ MedtrainError                70  anything that went wrong inside medtrain
 │   └── AdapterMismatchError 65  an adapter does not fit the base it is loaded on
 ├── EndpointError            69  a model endpoint or hub cannot be reached, or refuses
 ├── TryAgainError            75  nothing is wrong that time or space will not mend
+│   └── StoppedError         75  somebody asked for this end
 └── BadNodeError             78  this machine cannot do the work (no GPU, broken driver)
 
 The numbers follow BSD's sysexits.h where it has a name for the case. A message says what is wrong,
@@ -15,7 +16,8 @@ The numbers follow BSD's sysexits.h where it has a name for the case. A message 
 from __future__ import annotations
 
 import errno
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 DEBUG_VARIABLE = "MEDTRAIN_DEBUG"
 """Set in the environment by --debug, so that child processes know it too."""
@@ -63,6 +65,10 @@ class TryAgainError(MedtrainError):
     exit_code = 75
 
 
+class StoppedError(TryAgainError):
+    """Somebody asked for this end: a person, or Slurm. Nothing has failed."""
+
+
 class BadNodeError(MedtrainError):
     """This machine cannot do the work."""
 
@@ -99,3 +105,10 @@ def from_exit_code(exit_code: int, message: str, fix: str = "") -> MedtrainError
         if kind.exit_code == exit_code:
             return kind(message, fix=fix)
     return MedtrainError(message, fix=fix)
+
+
+def from_record(failure: Mapping[str, Any]) -> MedtrainError:
+    """The error that another process left in a file (medtrain.lineage), as it was raised there."""
+    if failure.get("stopped"):
+        return StoppedError(failure["message"], fix=failure["fix"])
+    return from_exit_code(failure["exit_code"], failure["message"], failure["fix"])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medtrain.digests import file_entry
-from medtrain.errors import DataError, MedtrainError
+from medtrain.errors import DataError, MedtrainError, StoppedError
 from medtrain.files import (
     canonical_json,
     digest_of,
@@ -176,7 +176,8 @@ class Lineage:
 
         Of several processes the first counts: the others fail because it did.
         """
-        failure = {"exit_code": error.exit_code, "message": error.message, "fix": error.fix}
+        failure = {"exit_code": error.exit_code, "message": error.message, "fix": error.fix,
+                   "stopped": isinstance(error, StoppedError)}  # fmt: skip
         # Where the disk is full, the error is still raised.
         with suppress(OSError):
             publish(self._path(f"{stage}.failure.json"), canonical_json(failure).encode())

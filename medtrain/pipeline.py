@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from medtrain import stages
+from medtrain import beforehand, stages
 from medtrain.config import RunConfig, dump_config
 from medtrain.console import Console, is_rank_zero
-from medtrain.endpoint import key_from_environment, load_secrets
-from medtrain.errors import ConfigError, DataError, MedtrainError, as_medtrain_error
+from medtrain.endpoint import load_secrets
+from medtrain.errors import DataError, MedtrainError, as_medtrain_error
 from medtrain.files import write_json, write_text
 from medtrain.inputs import anchored, portable
-from medtrain.launch import launch
+from medtrain.launch import check_launch, launch
 from medtrain.lineage import Fingerprint, Lineage, Standing, choose, flatten, versions
 from medtrain.run import Run
 from medtrain.selection import Selection
@@ -57,7 +57,11 @@ def run_stages(
         run.create()  # says why it cannot
     # A command that is refused leaves the run, and its configuration, as they are.
     pipeline.check_before(chosen[0])
-    pipeline.check_key(chosen)
+    undone = pipeline.undone(chosen)
+    beforehand.check_key(config, undone)
+    if any(stage.trains and stage.name in undone for stage in chosen):
+        beforehand.check_packages(config)
+        check_launch(config)
     run.create()
     with run.lock() if is_rank_zero() else nullcontext():
         if is_rank_zero():
@@ -122,32 +126,9 @@ class Pipeline:
         if self.standing(first).state != "done":
             self.fingerprint(first)  # raises where an input is not there
 
-    def check_key(self, chosen: Sequence[Stage], also: Collection[str] = ()) -> None:
-        """Ask for the judge's key now, and not after hours of training.
-
-        Args:
-            chosen: the stages that will run.
-            also: names of variables that jobs will have besides this process's.
-
-        Raises:
-            ConfigError: a chosen stage that is not done will ask OpenAI's endpoint without a key.
-        """
-        judge, evaluate = self.config.judge, self.config.evaluate
-        if judge.kind != "openai" or judge.base_url or judge.api_key_env in also:
-            return
-        if key_from_environment(judge.api_key_env):
-            return
-        asks = {
-            "judge": any(s.adapter != "preferences" for s in self.config.data.sources),
-            "evaluate": evaluate.rubric or evaluate.rating or evaluate.pairwise,
-        }
-        for stage in chosen:
-            if asks.get(stage.name) and self.standing(stage).state != "done":
-                raise ConfigError(
-                    f"{stage.name} asks OpenAI's {judge.model}, but {judge.api_key_env} is not set",
-                    fix=f"export {judge.api_key_env}=…, or set judge.base_url to a server of your "
-                    "own, or judge.kind=model, or judge.kind=rules to try the pipeline.",
-                )
+    def undone(self, chosen: Sequence[Stage]) -> set[str]:
+        """Names of the stages that are to be run, or run again."""
+        return {stage.name for stage in chosen if self.standing(stage).state != "done"}
 
     def begin(self, stage: Stage) -> bool:
         """Mark a sharded stage as begun, before its shards are computed elsewhere.

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,25 @@ def refused(result: subprocess.CompletedProcess[str], code: int, *words: str) ->
 def finished_stages(config: Path) -> list[str]:
     status = json.loads(medtrain("status", config, "--json").stdout)
     return [stage["name"] for stage in status["stages"] if stage["state"] == "done"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "words"),
+    [
+        ("train.strategy=fsdp2", 64, ("fsdp2 needs GPUs", "train.strategy=zero3")),
+        ("train.processes=999", 78, ("train.processes is 999", "CPU cores")),
+        ("train.trackers=[mlflow]", 64, ("mlflow is not installed", "pip install mlflow")),
+        ("train.accelerate_config=no.yaml", 64, ("no.yaml",)),
+    ],
+)
+def test_a_training_that_cannot_begin_here_is_refused_before_anything_is_done(
+    tmp_path: Path, base_dir: Path, setting: str, code: int, words: tuple[str, ...]
+) -> None:
+    if "mlflow" in setting and find_spec("mlflow"):
+        pytest.skip("mlflow is installed here")
+    config = write_config(tmp_path, base_dir)
+    refused(medtrain("run", config, setting), code, *words)
+    assert not (tmp_path / "runs").exists(), "the run is as it was"
 
 
 UNTIL_PAIRS = ["prepare", "sft", "merge-sft", "generate", "judge", "pairs"]

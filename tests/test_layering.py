@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "environment"},
     {"files", "locks", "ending"},
     {"console", "config", "run", "endpoint"},
-    {"digests", "memory"},
+    {"digests", "memory", "beforehand"},
     {"lineage", "quickstart"},
     {"data", "shards"},
     {"train"},

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from medtrain.beforehand import check_key, check_packages
 from medtrain.cluster.chain import ChainJob, plan_chain, steps_of
 from medtrain.cluster.dispatch import DEFAULT_MAX_ARRAY_SIZE, Dispatcher, Script
 from medtrain.cluster.intents import settle_all
@@ -64,7 +65,11 @@ def submit_chain(run: Run, config: RunConfig, console: Console, selection: Selec
     run = Run(run.root.absolute())
     chosen = selection.stages()
     pipeline = Pipeline(run, config, console)
-    pipeline.check_key(chosen, also=read_secrets(config.cluster.secrets_file))
+    undone = pipeline.undone(chosen)
+    check_key(config, undone, also=read_secrets(config.cluster.secrets_file))
+    its_own_packages = config.cluster.python or config.cluster.container
+    if not its_own_packages and any(stage.trains and stage.name in undone for stage in chosen):
+        check_packages(config)
     run.create()
     _check_names(run)
     with run.submitting():

@@ -14,14 +14,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from medtrain.cluster.requeue import requeue
 from medtrain.cluster.steps import failure_noted
 from medtrain.config import RunConfig
 from medtrain.console import Console
 from medtrain.endpoint import load_secrets
-from medtrain.errors import MedtrainError, TryAgainError, from_exit_code
+from medtrain.errors import MedtrainError, TryAgainError, from_exit_code, from_record
 from medtrain.launch import IN_JOB_VARIABLE
 from medtrain.lineage import Lineage
 from medtrain.pipeline import Pipeline
@@ -29,7 +29,9 @@ from medtrain.run import Run
 from medtrain.stages import by_name
 
 _STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-_UNSAVED = {
+_UNSAVED: dict[str, Any] = {
+    "exit_code": TryAgainError.exit_code,
+    "stopped": True,
     "message": "The training was stopped before it had saved",
     "fix": "It goes on from its last checkpoint.",
 }
@@ -68,14 +70,12 @@ def train_job(run: Run, config: RunConfig, stage: str, arguments: Sequence[str])
         return
     # srun reports the highest code of its tasks, and a task that was killed because another one
     # failed has a high one.
-    failure = Lineage(run).failure(stage)
+    failure = Lineage(run).failure(stage) or (_UNSAVED if ended.was_told else None)
     code = ended.code if failure is None else failure["exit_code"]
-    if failure is None and ended.was_told:
-        failure, code = _UNSAVED, TryAgainError.exit_code
     if code in (TryAgainError.exit_code, 128 + signal.SIGTERM):
         requeue(config.cluster.max_requeues)
     if failure is not None:
-        raise from_exit_code(code, failure["message"], failure["fix"])
+        raise from_record(failure)
     raise _other(stage, code)
 
 

@@ -8,7 +8,7 @@ for it (processes.py); stage.py joins them. The processes at the other end begin
 Launchers turn every exit code into 1: processes leave their error in stages/<stage>.failure.json.
 """
 
-from medtrain.launch.stage import launch
+from medtrain.launch.stage import check_launch, launch
 from medtrain.launch.worker import IN_JOB_VARIABLE
 
-__all__ = ["IN_JOB_VARIABLE", "launch"]
+__all__ = ["IN_JOB_VARIABLE", "check_launch", "launch"]

@@ -25,7 +25,7 @@ from types import FrameType
 from typing import IO, Any
 
 from medtrain.environment import STOP_FILE_VARIABLE
-from medtrain.errors import TryAgainError
+from medtrain.errors import StoppedError
 from medtrain.launch.worker import end_with_parent
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -59,7 +59,7 @@ class Processes:
         """The command's exit code; negative: the signal that ended it.
 
         Raises:
-            TryAgainError: it was told to stop a second time, and ended before it had saved.
+            StoppedError: it was told to stop a second time, and ended before it had saved.
             KeyboardInterrupt: Ctrl-C; everything has ended.
         """
         with tempfile.TemporaryDirectory(prefix="medtrain-") as directory:
@@ -68,7 +68,7 @@ class Processes:
             try:
                 return self._run()
             except _EndNowError:
-                raise TryAgainError(
+                raise StoppedError(
                     "The training was told to stop a second time, before it had saved",
                     fix="The same command goes on from the last checkpoint.",
                 ) from None

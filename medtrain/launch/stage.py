@@ -15,8 +15,8 @@ from medtrain.errors import (
     BadNodeError,
     DataError,
     MedtrainError,
-    TryAgainError,
-    from_exit_code,
+    StoppedError,
+    from_record,
 )
 from medtrain.files import read_json
 from medtrain.launch import deepspeed_op, devices
@@ -25,10 +25,29 @@ from medtrain.launch.ended import error_of
 from medtrain.launch.meeting import Meeting, agreed
 from medtrain.launch.place import NodePlace
 from medtrain.launch.processes import Processes
-from medtrain.launch.strategy import DEEPSPEED, Chosen, choose, refuse
+from medtrain.launch.strategy import DEEPSPEED, Chosen, asked_for, choose, refuse
 from medtrain.launch.worker import IN_JOB_VARIABLE, begin
 from medtrain.lineage import Lineage
 from medtrain.run import Run, Trained
+
+_PROCESSES_A_CORE = 4
+"""More would only wait for each other; so many, a person may try on purpose."""
+
+
+def check_launch(config: RunConfig) -> None:
+    """Refuse settings that cannot be launched on this machine, before anything has been done.
+
+    Raises:
+        ConfigError: the strategy is known not to work here.
+        BadNodeError: there are to be more processes than the machine has devices for.
+    """
+    if is_launched():
+        return
+    gpus = devices.gpu_count()
+    _processes(config, gpus)
+    chosen = asked_for(config)
+    if chosen is not None:
+        refuse(chosen.strategy, config, on_gpu=gpus > 0)
 
 
 def launch(run: Run, config: RunConfig, stage: str, console: Console) -> bool:
@@ -119,6 +138,11 @@ def _processes(config: RunConfig, gpus: int) -> int:
             f"train.processes is {processes}, but this machine shows {gpus} GPUs",
             fix="Set train.processes=auto, or look at CUDA_VISIBLE_DEVICES.",
         )
+    if not gpus and processes > _PROCESSES_A_CORE * devices.cpu_cores():
+        raise BadNodeError(
+            f"train.processes is {processes}, but this machine has {devices.cpu_cores()} CPU cores",
+            fix="Set train.processes=auto, or to the number of cores at most.",
+        )
     return processes
 
 
@@ -144,8 +168,8 @@ def _run(
 def _error(run: Run, stage: str, code: int, log: Path, stopped: bool) -> MedtrainError:
     failure = Lineage(run).failure(stage)
     if failure is not None:
-        return from_exit_code(failure["exit_code"], failure["message"], failure["fix"])
+        return from_record(failure)
     again = f"`medtrain run {run.config}` goes on from the last checkpoint."
     if stopped:
-        return TryAgainError(f"{stage} was stopped before it had begun to train", fix=again)
+        return StoppedError(f"{stage} was stopped before it had begun to train", fix=again)
     return error_of(stage, code, log, again)

@@ -41,7 +41,7 @@ def choose(config: RunConfig, stage: Trained, *, gpus: int) -> Chosen:
         ConfigError: it is known not to work here.
         BadNodeError: the GPUs' memory cannot be read.
     """
-    chosen = _asked_for(config) or _cheapest(config, stage, gpus)
+    chosen = asked_for(config) or _cheapest(config, stage, gpus)
     refuse(chosen.strategy, config, on_gpu=gpus > 0)
     return chosen
 
@@ -52,7 +52,12 @@ def config_file(config: RunConfig, strategy: Strategy) -> Path:
     return strategy_of_file(given)[0] if given else strategy_file(strategy)
 
 
-def _asked_for(config: RunConfig) -> Chosen | None:
+def asked_for(config: RunConfig) -> Chosen | None:
+    """What the configuration names; None leaves it to medtrain.
+
+    Raises:
+        ConfigError: it names two that differ, or a file that is none.
+    """
     wanted, file = config.train.strategy, config.train.accelerate_config
     if file is None:
         return None if wanted == "auto" else Chosen(wanted, "train.strategy")

@@ -41,15 +41,19 @@ _METHODS = {
 }
 
 
-def render_markdown(document: Document, figures: dict[str, Drawing]) -> str:
+def render_markdown(document: Document, config: RunConfig, figures: dict[str, Drawing]) -> str:
     """report.md."""
-    titles = {name: drawing.title for name, drawing in figures.items()}
-    return _render("report.md.jinja", document, figures=titles)
+    return _render(
+        "report.md.jinja",
+        document,
+        figures={name: drawing.title for name, drawing in figures.items()},
+        made_by=_made_by(config, _trained(document)),
+    )
 
 
 def render_model_card(document: Document, config: RunConfig) -> str:
     """MODEL_CARD.md, with the metadata block that model hubs read."""
-    trained: list[str] = [stage for stage in ("sft", "dpo") if stage in document.training]
+    trained = _trained(document)
     settings = flat_settings(document)
     keys = {key: None for stage in trained for key in settings[stage]}
     return _render(
@@ -62,6 +66,10 @@ def render_model_card(document: Document, config: RunConfig) -> str:
         weights="4-bit NF4" if config.model.quantization == "nf4" else "not quantised",
         settings=settings,
     )
+
+
+def _trained(document: Document) -> list[str]:
+    return [stage for stage in ("sft", "dpo") if stage in document.training]
 
 
 def _render(template: str, document: Document, **values: Any) -> str:

@@ -53,7 +53,7 @@ def write_report(
     figures = figures_of(document)
     style = asset("colours.css") + asset("figure.css")
     write_json(directory / "report.json", document.model_dump(mode="json"))
-    write_text(directory / "report.md", render_markdown(document, figures))
+    write_text(directory / "report.md", render_markdown(document, config, figures))
     write_text(directory / "MODEL_CARD.md", render_model_card(document, config))
     write_text(directory / "index.html", render_page(document, figures, questions))
     for name, drawing in figures.items():

@@ -128,7 +128,9 @@ def _stage_status(pipeline: Pipeline, stage: Stage, held: bool) -> StageStatus:
         counts = receipt["counts"]
         status = StageStatus(stage.name, "done", summary(counts), receipt["seconds"], counts)
         return sharded_progress(run, config, stage, status) if stage.phases else status
-    failure = _failure(pipeline.lineage.failure(stage.name))
+    record = pipeline.lineage.failure(stage.name)
+    # A stop that was asked for is no failure.
+    failure = None if record is None or record.get("stopped") else _failure(record)
     state: State = "stopped"
     if standing.state == "started" and held:
         # A new try forgets the failure of the last one.
@@ -143,7 +145,5 @@ def _stage_status(pipeline: Pipeline, stage: Stage, held: bool) -> StageStatus:
     return sharded_progress(run, config, stage, status) if stage.phases else status
 
 
-def _failure(record: Mapping[str, Any] | None) -> Failure | None:
-    if record is None:
-        return None
+def _failure(record: Mapping[str, Any]) -> Failure:
     return Failure(str(record["message"]).strip(), str(record["fix"]), int(record["exit_code"]))

@@ -22,6 +22,7 @@ from medtrain.errors import (
     ConfigError,
     DataError,
     MedtrainError,
+    StoppedError,
     TryAgainError,
     from_exit_code,
 )
@@ -153,7 +154,7 @@ class Fit:
 
         Raises:
             ConfigError: the GPU's memory is too small, or the checkpoints do not fit.
-            TryAgainError: training was asked to stop, and has saved.
+            StoppedError: training was asked to stop, and has saved.
             MedtrainError: the loss is no number, or the adapter has not changed.
         """
         start = self.resume_point(trainer)
@@ -221,7 +222,7 @@ class Fit:
         if trainer.stopped:
             trainer.accelerator.end_training()
             step = trainer.state.global_step
-            raise TryAgainError(
+            raise StoppedError(
                 f"{self.stage} was asked to stop and has, at step {step} of {self.plan.max_steps}",
                 fix="Run the same command: it goes on from there.",
             )

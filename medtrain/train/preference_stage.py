@@ -66,7 +66,7 @@ def train_preferences(
             are of processes that cannot be gone on from with these.
         DataError: there is no preference pair, no SFT adapter, or no reference.
         AdapterMismatchError: the SFT adapter does not fit the base.
-        TryAgainError: it was asked to stop, and has saved.
+        StoppedError: it was asked to stop, and has saved.
         MedtrainError: policy and reference differ at the start, the loss is no number, or nothing
             was learnt.
     """

@@ -28,7 +28,7 @@ def train_sft(run: Run, config: RunConfig, console: Console) -> dict[str, Any]:
         ConfigError: targets, optimiser or trainer fields are wrong, the GPU is too small, or the
             checkpoints are of processes that cannot be gone on from with these.
         DataError: there is nothing to train on.
-        TryAgainError: it was asked to stop, and has saved.
+        StoppedError: it was asked to stop, and has saved.
         MedtrainError: the loss is no number, or nothing was learnt.
     """
     chat = load_chat_tokenizer(run)

@@ -17,6 +17,7 @@ from trl import DPOConfig as TrlDPOConfig
 from trl import KTOConfig as TrlKTOConfig
 from trl import SFTConfig as TrlSFTConfig
 
+from medtrain.beforehand import check_packages
 from medtrain.config import RunConfig, TrainingConfig
 from medtrain.config.problems import nearest
 from medtrain.config.training import Strategy
@@ -181,12 +182,7 @@ def _shared(
 
 def _trackers(run: Run, config: RunConfig, stage: Trained) -> list[str] | str:
     """The trackers that metrics go to, as transformers takes them."""
-    for tracker in config.train.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise ConfigError(
-                f"train.trackers: {tracker} is not installed",
-                fix=f"pip install {tracker}, or leave it out: {run.logs} has the metrics anyway.",
-            )
+    check_packages(config)
     if "tensorboard" in config.train.trackers:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.logs / "tensorboard" / stage))
     return list(config.train.trackers) or "none"
@@ -195,10 +191,9 @@ def _trackers(run: Run, config: RunConfig, stage: Trained) -> list[str] | str:
 def _liger(config: RunConfig) -> bool:
     """Whether Liger's kernels are used: as told, or where there is a GPU and they are installed."""
     wanted, installed = config.train.liger, importlib.util.find_spec("liger_kernel") is not None
-    if wanted is True and not (installed and torch.cuda.is_available()):
+    if wanted is True and not torch.cuda.is_available():
         raise ConfigError(
-            "train.liger=true needs a GPU and the package liger-kernel",
-            fix="pip install liger-kernel, or leave train.liger at auto.",
+            "train.liger=true needs a GPU", fix="Leave train.liger at auto: it is off on a CPU."
         )
     return bool(wanted) and installed and torch.cuda.is_available()
 

@@ -19,7 +19,7 @@ from medtrain.cluster import watch as watch_module
 from medtrain.cluster.board import Board, look
 from medtrain.cluster.watch import watch_run
 from medtrain.console import Console
-from medtrain.errors import ConfigError, MedtrainError
+from medtrain.errors import ConfigError, MedtrainError, StoppedError
 from medtrain.shards import Phase, Request, attempt_units, open_phase
 from medtrain.status import RunStatus, StageStatus
 from tests.cluster.scene import QUIET, Scene, history_line, queue_line
@@ -190,6 +190,16 @@ def test_a_failed_job_asks_for_resume_and_tells_why(scene: Scene) -> None:
     text = drawn(status, 120)
     assert "sft.batch_size is 0" in text
     assert "Set it to 1 or more." in text
+
+
+def test_a_stop_that_was_asked_for_is_no_failure(scene: Scene) -> None:
+    scene.finish_until("prepare")
+    scene.fail("sft", StoppedError("sft was asked to stop and has, at step 3 of 10", fix="Again."))
+    status = look(scene.run, scene.config)
+    assert stage(status, "sft").state == "stopped"
+    assert status.advice.problems == ()
+    assert status.advice.happening == "Nothing runs: sft stopped before its end."
+    assert status.next_command == f"medtrain run {scene.run.config}"
 
 
 def test_a_job_that_left_no_word_is_told_by_how_it_ended(scene: Scene) -> None:

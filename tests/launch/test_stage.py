@@ -13,7 +13,7 @@ import pytest
 
 from medtrain.console import Console
 from medtrain.errors import BadNodeError, ConfigError, DataError, MedtrainError, TryAgainError
-from medtrain.launch import devices, launch, stage
+from medtrain.launch import check_launch, devices, launch, stage
 from medtrain.lineage import Lineage
 from medtrain.run import Run
 from tests.launch.conftest import config
@@ -70,6 +70,13 @@ def test_more_processes_than_gpus(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(devices, "gpu_count", lambda: 2)
     with pytest.raises(BadNodeError, match="shows 2 GPUs"):
         launch(run, config(processes=3), "sft", QUIET)
+
+
+def test_many_more_processes_than_cores(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "cpu_cores", lambda: 2)
+    check_launch(config(processes=8))
+    with pytest.raises(BadNodeError, match="has 2 CPU cores"):
+        check_launch(config(processes=9))
 
 
 def test_a_refusal_in_a_job_is_kept_for_the_job(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

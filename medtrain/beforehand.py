@@ -1,0 +1,59 @@
+"""What a run lacks that is better said now than after hours of training."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from importlib.util import find_spec
+
+from medtrain.config import RunConfig
+from medtrain.endpoint import key_from_environment
+from medtrain.errors import ConfigError
+
+
+def check_key(config: RunConfig, undone: Collection[str], also: Collection[str] = ()) -> None:
+    """Ask for the judge's key.
+
+    Args:
+        config: the run's.
+        undone: names of the stages that will run.
+        also: names of variables that jobs will have besides this process's.
+
+    Raises:
+        ConfigError: one of those stages will ask OpenAI's endpoint without a key.
+    """
+    judge, evaluate = config.judge, config.evaluate
+    if judge.kind != "openai" or judge.base_url or judge.api_key_env in also:
+        return
+    if key_from_environment(judge.api_key_env):
+        return
+    asks = {
+        "judge": any(s.adapter != "preferences" for s in config.data.sources),
+        "evaluate": evaluate.rubric or evaluate.rating or evaluate.pairwise,
+    }
+    for stage in ("judge", "evaluate"):
+        if asks[stage] and stage in undone:
+            raise ConfigError(
+                f"{stage} asks OpenAI's {judge.model}, but {judge.api_key_env} is not set",
+                fix=f"export {judge.api_key_env}=…, or set judge.base_url to a server of your "
+                "own, or judge.kind=model, or judge.kind=rules to try the pipeline.",
+            )
+
+
+def check_packages(config: RunConfig) -> None:
+    """Look for the packages that the settings of training name, without importing them.
+
+    Raises:
+        ConfigError: one is not installed here.
+    """
+    for tracker in config.train.trackers:
+        if find_spec(tracker) is None:
+            raise ConfigError(
+                f"train.trackers: {tracker} is not installed",
+                fix=f"pip install {tracker}, or leave it out: the run's logs/ have the metrics "
+                "anyway.",
+            )
+    if config.train.liger is True and find_spec("liger_kernel") is None:
+        raise ConfigError(
+            "train.liger=true needs the package liger-kernel",
+            fix="pip install liger-kernel, or leave train.liger at auto.",
+        )
