@@ -32,7 +32,7 @@ from rich.table import Column
 from rich.text import Text
 
 LOG_LINE_EVERY_S = 30.0
-LOG_WIDTH = 120
+LOG_WIDTH = 144
 """Of a table in a log, in characters."""
 
 _MARKS = {"start": ("▶", "bold cyan"), "done": ("✓", "green"), "skip": ("·", "dim"),

@@ -96,7 +96,8 @@ class RunPlan:
     """Where rows and tokens come from; how fast a GPU is taken to be."""
     warnings: tuple[str, ...]
     commands: tuple[str, ...]
-    """What a person types, in order; the last one starts the chain."""
+    """What a person types, in order; the last one starts the chain, or looks again where a
+    training does not fit."""
 
     @property
     def to_do(self) -> list[PlannedJob]:
@@ -197,7 +198,11 @@ def make_plan(run: Run, config: RunConfig, selection: Selection, config_name: st
             *(line for one in training for line in warnings_of_training(one, config.model.dtype)),
             *out_of_proportion(jobs, config),
         ),
-        commands=tuple(_commands(config, config_name, jobs, before, selection)),
+        commands=(
+            tuple(_commands(config, config_name, jobs, before, selection))
+            if all(one.choice.fits for one in training)
+            else (f"medtrain plan {config_name} --check",)
+        ),
     )
 
 

@@ -40,7 +40,7 @@ def _table(plan: RunPlan) -> Table:
     table = Table(box=None, pad_edge=False)
     for place, column in enumerate(columns):
         # On a narrow terminal words give way, names and figures do not.
-        widest = max((len(cells[place]) for _, cells in rows), default=0)
+        widest = max(len(column), *(len(cells[place]) for _, cells in rows))
         table.add_column(
             column,
             justify="right" if column in _RIGHT else "left",

@@ -16,13 +16,15 @@ from medtrain.memory import Estimate
 from medtrain.memory.estimate import COMMUNICATION, CONTEXT, FRAGMENTATION, GIB, trained_parameters
 
 _BARS = "▁▂▃▄▅▆▇█"
-_COLUMNS = {
+COLUMNS = {
     "weights": "weights", "gathered": "gathered", "adapter": "adapters", "gradients": "gradients",
     "optimizer": "optimizer", "activations": "activations", "logits": "logits",
-    "new_rows": "new tokens", "load": "loading", "peak": "peak",
+    "new_rows": "new tokens", "other": "other", "load": "loading", "peak": "peak",
 }  # fmt: skip
 """Parts of an estimate, and what they are called."""
-_ALWAYS = {"weights", "adapter", "gradients", "optimizer", "activations", "logits", "peak"}
+_ALWAYS = {"weights", "adapter", "gradients", "optimizer", "activations", "logits", "other",
+           "peak"}  # fmt: skip
+_NO_PARTS = {"other", "load", "peak"}
 
 
 def training_views(plan: TrainingPlan) -> Iterator[Table | Text]:
@@ -43,8 +45,9 @@ def training_views(plan: TrainingPlan) -> Iterator[Table | Text]:
 def about_memory() -> str:
     """What the peaks are made of."""
     return (
-        f"Memory: estimated, with {CONTEXT / GIB:g} GiB for CUDA, {COMMUNICATION / GIB:g} GiB for "
-        f"NCCL where there are several GPUs, and {FRAGMENTATION:.0%} for fragmentation. "
+        f"Memory: estimated; other: {CONTEXT / GIB:g} GiB for CUDA, {COMMUNICATION / GIB:g} GiB "
+        f"for NCCL where there are several GPUs, {FRAGMENTATION:.0%} for fragmentation, and what "
+        "an evaluation needs beyond that. "
         "Activations are those of the largest forward pass that batch_size and max_length allow."
     )
 
@@ -96,12 +99,12 @@ def _spread(lengths: Lengths) -> str:
 
 
 def _table(plan: TrainingPlan, fitting: Fitting) -> Table:
-    shown = [part for part in _COLUMNS if part in _ALWAYS or any(
-        _figure(one, part) for one in fitting.estimates
+    shown = [part for part in COLUMNS if part in _ALWAYS or any(
+        figure(one, part) for one in fitting.estimates
     )]  # fmt: skip
     rows = [_cells(one, shown, plan.gpu.memory_bytes) for one in fitting.estimates]
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim")
-    for place, column in enumerate(("", *(_COLUMNS[part] for part in shown), "")):
+    for place, column in enumerate(("", *(COLUMNS[part] for part in shown), "")):
         widest = max(len(column), *(len(cells[place]) for cells in rows))
         table.add_column(column, justify="right" if column else "left", min_width=widest)
     for one, cells in zip(fitting.estimates, rows, strict=True):
@@ -111,13 +114,20 @@ def _table(plan: TrainingPlan, fitting: Fitting) -> Table:
 
 def _cells(one: Estimate, shown: Sequence[str], gpu_bytes: int) -> list[str]:
     name = f"  {one.strategy}{'*' if one.checkpointing else ''}"
-    sizes = [_size(_figure(one, part)) for part in shown]
+    sizes = [_size(figure(one, part)) for part in shown]
+    if "load" in shown and not figure(one, "load"):
+        sizes[shown.index("load")] = ""  # less than what training needs
     return [name, *sizes, "fits" if one.peak <= gpu_bytes else "too large"]
 
 
-def _figure(one: Estimate, part: str) -> float:
-    if part == "activations" and one.checkpointing:
-        return one.activations + one.temporary  # of one layer at a time
+def figure(one: Estimate, part: str) -> float:
+    """Bytes of one of COLUMNS; those of all but `load` and `peak` add up to what training needs."""
+    if part == "activations":
+        # A layer and the output layer are not at work at the same time.
+        return one.activations + max(0.0, one.temporary - one.logits - one.new_rows)
+    if part == "other":
+        parts = sum(figure(one, part) for part in COLUMNS if part not in _NO_PARTS)
+        return max(0.0, one.allocated + one.overhead - parts)
     if part == "load":
         return one.load if one.load >= one.peak else 0.0
     value: float = getattr(one, part)

@@ -9,6 +9,7 @@ import pytest
 
 from medtrain.cluster.plan import RunPlan
 from medtrain.cluster.training_plan import TrainingPlan
+from medtrain.cluster.training_table import COLUMNS, figure
 from medtrain.config import load_config
 from medtrain.errors import ConfigError
 from tests.cluster.scene import Scene
@@ -65,7 +66,21 @@ def test_what_does_not_fit_is_said_and_checked() -> None:
     with pytest.raises(ConfigError, match=r"sft does not fit its GPUs \(T4\)") as caught:
         plan.check()
     assert "halve sft.batch_size (now 64)" in caught.value.fix
+    assert all("submit" not in command for command in plan.commands)
+    assert plan.commands[-1].endswith("--check")
     plan_of(config_of()).check()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 64])
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_what_a_row_of_the_table_shows_adds_up(rows: int, gpus: int) -> None:
+    plan = plan_of(config_of(cluster={"gpus": gpus}, sft={"batch_size": rows}))
+    for stage in plan.training:
+        assert stage.fitting is not None
+        for one in stage.fitting.estimates:
+            parts = [figure(one, part) for part in COLUMNS if part not in ("load", "peak")]
+            assert min(parts) >= 0
+            assert max(sum(parts), figure(one, "load")) == pytest.approx(one.peak)
 
 
 def test_a_gpu_that_nobody_knows_is_said_and_checked() -> None:
