@@ -16,12 +16,14 @@ _QUOTE_LIMIT = 60
 _ALSO = {
     "bool_parsing": "true or false",
     "bool_type": "true or false",
+    "int_from_float": "a whole number",
     "int_parsing": "a whole number",
     "int_type": "a whole number",
     "list_type": "a list",
     "model_type": "a mapping",
 }
 """What else may stand where a union takes one of a few names, by the error of the other branch."""
+_OF_THE_RIGHT_TYPE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
 
 
 def describe(error: ValidationError, root: type[BaseModel]) -> list[str]:
@@ -50,6 +52,8 @@ def _one_of_each(
             inner = any(p.startswith(f"{path}.") for p in paths)
             if isinstance(problem["input"], (dict, list)) and (others or inner):
                 continue
+            if any(o["type"] in _OF_THE_RIGHT_TYPE for o in others):
+                continue  # the other branch was meant, and knows better
             also = [_ALSO[o["type"]] for o in others if o["type"] in _ALSO]
             expected = ", or ".join([problem["ctx"]["expected"], *also])
             yield {**problem, "ctx": {"expected": expected}}
@@ -125,7 +129,7 @@ def _walk(location: tuple[Any, ...], root: type[BaseModel]) -> tuple[str, list[t
 
 def _is_branch(step: Any) -> bool:
     text = str(step)
-    return text in {"str", "int", "float", "bool"} or "[" in text
+    return text in {"str", "int", "float", "bool"} or text.startswith("constrained-") or "[" in text
 
 
 def _tag(model: type[BaseModel]) -> str | None:

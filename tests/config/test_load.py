@@ -142,6 +142,20 @@ def test_rules_between_sections_are_in_the_same_message() -> None:
     assert problems_of(wrong).startswith("1 problem")
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (0, "train.processes: input should be greater than or equal to 1, not 0"),
+        (1.5, "train.processes: 1.5 is not valid; valid: 'auto', or a whole number."),
+        ("many", "train.processes: 'many' is not valid; valid: 'auto', or a whole number."),
+    ],
+)
+def test_a_number_that_may_be_a_word_is_one_problem(given: object, said: str) -> None:
+    message = problems_of(tree(train={"processes": given}))
+    assert message.startswith("1 problem")
+    assert said in message
+
+
 def test_a_value_that_may_be_two_things_is_one_problem() -> None:
     message = problems_of(
         tree(
