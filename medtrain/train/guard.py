@@ -22,6 +22,7 @@ from medtrain.train.preemption import any_process
 _SEEN, _EXPLODED = 50, 10.0
 """A loss explodes that is this many times the median of as many steps before it."""
 _WARM_UP = 10
+_MANY = {"batch": "batches", "step": "steps"}
 _NAMED = 16
 """Rows that a message names."""
 
@@ -64,7 +65,7 @@ class LossGuard:
         """
         if not any_process(not bool(torch.isfinite(loss)), self._device):
             return loss
-        self._note(rows, step, f"The loss was no number in {{}} batches of {self._stage}")
+        self._note(rows, step, f"The loss was no number in {{}} of {self._stage}", "batch")
         other = instead()
         if any_process(not bool(torch.isfinite(other)), self._device):
             raise self._stop(
@@ -83,7 +84,7 @@ class LossGuard:
         usual = median(self._losses) if len(self._losses) >= _WARM_UP else math.inf
         if loss > max(_EXPLODED * abs(usual), usual + 1.0):
             self._note(rows, step, f"The loss of {self._stage} was over {_EXPLODED:g} times the "
-                       "usual in {} steps")  # fmt: skip
+                       "usual in {}", "step")  # fmt: skip
         else:
             self._losses.append(loss)
 
@@ -93,7 +94,7 @@ class LossGuard:
         Raises:
             MedtrainError: there were too many.
         """
-        self._note(rows, step, f"The gradient was no number in {{}} steps of {self._stage}")
+        self._note(rows, step, f"The gradient was no number in {{}} of {self._stage}", "step")
 
     def sums(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, so that a resumed training is as patient as this one."""
@@ -104,11 +105,11 @@ class LossGuard:
         self.bad, self._bad_rows = sums["bad"], list(sums["bad_rows"])
         self._losses.extend(sums["losses"])
 
-    def _note(self, rows: Sequence[int], step: int, what: str) -> None:
+    def _note(self, rows: Sequence[int], step: int, what: str, of: str) -> None:
         self.bad += 1
         self._bad_rows += [self._ids[row] for row in self._everybodys(rows)]
         if self.bad > self._allowed:
-            raise self._stop(step, what.format(self.bad))
+            raise self._stop(step, what.format(f"{self.bad} {of if self.bad == 1 else _MANY[of]}"))
 
     def _everybodys(self, rows: Sequence[int]) -> list[int]:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -121,7 +122,7 @@ class LossGuard:
         named = list(dict.fromkeys(self._bad_rows))
         more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
         return MedtrainError(
-            f"{what}, up to step {step}. The rows in them: {', '.join(named[:_NAMED])}{more}",
+            f"{what}, up to step {step}. The rows: {', '.join(named[:_NAMED])}{more}",
             fix=f"Look at these rows; lower {self._stage}.learning_rate; prefer "
             "model.dtype=bfloat16 or float32 to float16. The last checkpoint is whole.",
         )

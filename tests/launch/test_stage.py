@@ -129,7 +129,10 @@ def test_of_several_the_one_that_died_first_is_named(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "child.py").write_text(
-        "import os, time\nif os.environ['RANK'] == '1': os.abort()\ntime.sleep(60)\n"
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"
+        "if os.environ['RANK'] == '1': os.abort()\n"
+        "time.sleep(60)\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     monkeypatch.setattr(stage, "command", lambda *given: [*torchrun, str(tmp_path / "child.py")])

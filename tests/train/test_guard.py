@@ -181,7 +181,7 @@ def test_a_gradient_that_is_no_number_leaves_its_step_out(
     assert lines[5]["grad_norm"] > 0
 
     strict = make_run("strict", sft={**_SFT, "max_bad_batches": 0})
-    with pytest.raises(MedtrainError, match=r"gradient was no number in 1 steps") as caught:
+    with pytest.raises(MedtrainError, match=r"gradient was no number in 1 step of") as caught:
         train(strict, "sft")
     assert row_id in str(caught.value)
 

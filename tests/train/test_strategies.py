@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from tests.small_run import medtrain, write_config
 from tests.train.test_model import other_base
 
 STRATEGIES = ["ddp", "zero2", "zero3"]
+ZERO3 = Path(__file__).parents[2] / "configs" / "accelerate" / "zero3.yaml"
 TOLERANCE = 2e-4
 """Relative, of a loss: sums in another order, and after them another step."""
 SPEED = ("tokens_per_s", "step_s", "data_wait_s", "memory_peak_bytes", "mfu", "padding")
@@ -146,6 +148,56 @@ def test_two_processes_learn_what_one_does_and_go_on_exactly(
     assert "event=resume" in disturbed.log.read_text()
     assert learnt(disturbed, stage) == learnt(undisturbed, stage)
     assert weights(disturbed, stage) == weights(undisturbed, stage)
+
+
+_SPOILT = """
+import os
+import trl
+theirs, spoilt = trl.SFTTrainer.compute_loss, []
+
+def compute_loss(self, model, *args, **kwargs):
+    loss = theirs(self, model, *args, **kwargs)
+    if os.environ["RANK"] == "1" and self.state.global_step == 3 and model.training and not spoilt:
+        spoilt.append(loss)
+        return loss * float("nan")
+    return loss
+
+trl.SFTTrainer.compute_loss = compute_loss
+from medtrain.cli import main
+main()
+"""
+
+
+def test_a_loss_that_is_no_number_in_one_process_is_left_out_by_all(
+    ready: Path, tmp_path: Path
+) -> None:
+    """As a person launches it, under the strategy whose passes all must take part in."""
+    run = copied(ready, tmp_path, without="sft")
+    (tmp_path / "child.py").write_text(_SPOILT)
+    launch = ["-m", "accelerate.commands.launch", f"--config_file={ZERO3}", "--num_processes=2"]
+    surroundings = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+                    "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}  # fmt: skip
+    program = [str(tmp_path / "child.py"), *command(run, "sft")[2:]]
+
+    def launched(*overrides: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *launch, *program, *overrides],
+            env=surroundings, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+
+    result = launched("sft.max_bad_batches=0")
+    assert result.returncode == 1
+    assert "no number in 1 batch of sft, up to step 4" in result.stderr
+    assert last_step(run, "sft") == 3
+    result = launched("sft.max_bad_batches=1", "--force")
+    assert result.returncode == 0, result.stderr
+    (undisturbed,) = [line["loss"] for line in learnt(Run(ready), "sft") if line["step"] == 3]
+    found = {line["step"]: line["loss"] for line in learnt(run, "sft") if line["kind"] == "train"}
+    assert found[3] == pytest.approx(undisturbed, rel=TOLERANCE)
+    assert found.keys() == set(range(1, 11))
+    assert all(math.isfinite(loss) for loss in found.values())
+    trained = load_file(run.adapter("sft") / WEIGHTS_FILE)
+    assert all(bool(weight.isfinite().all()) for weight in trained.values())
 
 
 def test_each_process_draws_its_own_dropout_again(ready: Path, tmp_path: Path) -> None:
