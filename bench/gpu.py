@@ -27,6 +27,7 @@ from medtrain.console import Console, quiet_libraries
 if TYPE_CHECKING:
     from turns import Side
 
+    from medtrain.run import Trained
     from medtrain.train.rows import Part
 
 NEEDED = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
@@ -49,7 +50,9 @@ def main() -> None:
         torch.set_num_threads(1)
     on_gpu = torch.cuda.is_available()
     print(torch.cuda.get_device_name() if on_gpu else "CPU", flush=True)
-    stages = ("sft", "dpo") if arguments.stage == "both" else (arguments.stage,)
+    stages: tuple[Trained, ...] = (
+        ("sft", "dpo") if arguments.stage == "both" else (arguments.stage,)
+    )
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(Path(directory), arguments)
         for stage in stages:
@@ -110,7 +113,7 @@ class Bench:
         self._parts = {"sft": sft_part(rows, self._shape.vocab_size),
                        "dpo": dpo_part(rows, self._shape.vocab_size)}  # fmt: skip
 
-    def plain(self, stage: str, turn: int) -> Side:
+    def plain(self, stage: Trained, turn: int) -> Side:
         """One turn of the baseline."""
         from plain_trl import train_plainly
 
@@ -120,7 +123,7 @@ class Bench:
                              self.config, self._plan(stage))  # fmt: skip
         return side._replace(peak_bytes=self._peak())
 
-    def medtrain(self, stage: str, turn: int) -> Side:
+    def medtrain(self, stage: Trained, turn: int) -> Side:
         """One turn of ours."""
         from plain_trl import order_and_tokens
         from turns import our_clocks
@@ -139,22 +142,23 @@ class Bench:
             self._longest = clocks.longest
             return clocks.side(tokens, reference)._replace(peak_bytes=self._peak())
 
-    def _train(self, stage: str, sums: dict[str, tuple[float, float]] | None) -> None:
+    def _train(self, stage: Trained, sums: dict[str, tuple[float, float]] | None) -> None:
         from random_rows import PAD
 
         from medtrain.train.feeding import feed_preferences, feed_supervised, pair_collate
         from medtrain.train.fit import Fit
         from medtrain.train.rows import Counts, Rows
-        from medtrain.train.trainer_settings import dpo_settings, sft_settings
+        from medtrain.train.trainer_settings import PAIRED, SUPERVISED, trainer_settings
         from medtrain.train.trainers import PreferenceTrainer, SupervisedTrainer
 
         config, part, plan, console = self.config, self._parts[stage], self._plan(stage), Console(
             quiet=True)  # fmt: skip
         section = getattr(config, stage)
         unsaved = section.model_copy(update={"trainer": {"save_strategy": "no"}})
-        settings = (sft_settings if stage == "sft" else dpo_settings)(
-            self._run, config.model_copy(update={stage: unsaved}), plan, validated=False,
-            console=console,
+        settings = trainer_settings(
+            SUPERVISED if stage == "sft" else PAIRED, self._run,
+            config.model_copy(update={stage: unsaved}), stage, plan,
+            validated=False, console=console,
         )  # fmt: skip
         make = SupervisedTrainer if stage == "sft" else PreferenceTrainer
         trainer = make(
@@ -169,9 +173,7 @@ class Bench:
             fed = feed_preferences(rows, section, plan, sums, seed=seed, collate=collate,
                                    packed=True)  # fmt: skip
         chat: Any = SimpleNamespace()  # publishing an adapter would ask it
-        Fit(self._run, config, "sft" if stage == "sft" else "dpo", chat, plan, console).feed(
-            trainer, fed
-        )
+        Fit(self._run, config, stage, chat, plan, console).feed(trainer, fed)
         trainer.train()
 
     def _reference_sums(self, part: Part) -> dict[str, tuple[float, float]]:
@@ -190,7 +192,7 @@ class Bench:
         scored = score_pairs(lambda: scorer, batches, self.config)
         return {row_id: (line["chosen"], line["rejected"]) for row_id, line in scored}
 
-    def _plan(self, stage: str) -> Any:
+    def _plan(self, stage: Trained) -> Any:
         from medtrain.train.trainer_settings import make_plan
 
         return make_plan(getattr(self.config, stage), len(self._parts[stage]), "ddp")
@@ -242,7 +244,7 @@ class Bench:
         mfu = f"{done / flops:.1%}" if flops else "unknown (this GPU's peak is not known)"
         return f"MFU {mfu}, {done / 1e12:,.1f} TFLOP/s, peak {side.peak_bytes / 2**30:.2f} GiB"
 
-    def estimated(self, stage: str, ours: Side) -> str:
+    def estimated(self, stage: Trained, ours: Side) -> str:
         """medtrain's estimate of its own peak, for the largest forward pass that there was."""
         from medtrain.memory import estimate, work_of
 

@@ -17,11 +17,11 @@ from turns import Side, StepClock
 
 from medtrain.config import RunConfig
 from medtrain.console import Console
-from medtrain.run import Run
+from medtrain.run import Run, Trained
 from medtrain.train.batches import BatchPlan
 from medtrain.train.checkpoints import Plan
 from medtrain.train.rows import Part
-from medtrain.train.trainer_settings import dpo_settings, sft_settings
+from medtrain.train.trainer_settings import PAIRED, SUPERVISED, trainer_settings
 from medtrain.train.trainers import weights_kept
 
 
@@ -40,7 +40,7 @@ def order_and_tokens(part: Part, section: Any, plan: Plan, seed: int) -> tuple[l
 
 
 def train_plainly(
-    stage: str, model: Any, part: Part, tokenizer: Any, run: Run, config: RunConfig, plan: Plan
+    stage: Trained, model: Any, part: Part, tokenizer: Any, run: Run, config: RunConfig, plan: Plan
 ) -> Side:
     """Train a PeftModel by TRL alone, and say what it took.
 
@@ -63,8 +63,10 @@ def train_plainly(
         "save_strategy": "no",
     }})  # fmt: skip
     config = config.model_copy(update={stage: plainly})
-    make_settings = sft_settings if stage == "sft" else dpo_settings
-    settings = make_settings(run, config, plan, validated=False, console=Console(quiet=True))
+    fields = SUPERVISED if stage == "sft" else PAIRED
+    settings = trainer_settings(
+        fields, run, config, stage, plan, validated=False, console=Console(quiet=True)
+    )
     make_trainer = SFTTrainer if stage == "sft" else PairTrainer
     with weights_kept(model):
         trainer = make_trainer(

@@ -25,7 +25,7 @@ from medtrain.console import quiet_libraries
 if TYPE_CHECKING:
     from turns import Side
 
-    from medtrain.run import Run
+    from medtrain.run import Run, Trained
 
 BATCH, ACCUMULATED = 2, 2
 ROWS_A_STEP = BATCH * ACCUMULATED
@@ -40,7 +40,9 @@ def main() -> None:
     from turns import take_turns, tell
 
     torch.set_num_threads(arguments.threads)
-    stages = ("sft", "dpo") if arguments.stage == "both" else (arguments.stage,)
+    stages: tuple[Trained, ...] = (
+        ("sft", "dpo") if arguments.stage == "both" else (arguments.stage,)
+    )
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(Path(directory), arguments)
         for stage in stages:
@@ -99,7 +101,7 @@ class Bench:
         choose_rows(self._prepared, rows)
         self._draw_adapter()
 
-    def plain(self, stage: str, turn: int) -> Side:
+    def plain(self, stage: Trained, turn: int) -> Side:
         """One turn of the baseline."""
         from plain_trl import train_plainly
 
@@ -115,7 +117,7 @@ class Bench:
         part, plan = self._rows_and_plan(stage, run)
         return train_plainly(stage, model, part, chat.tokenizer, run, config, plan)
 
-    def medtrain(self, stage: str, turn: int) -> Side:
+    def medtrain(self, stage: Trained, turn: int) -> Side:
         """One turn of ours, by the stages as `medtrain run` calls them."""
         from plain_trl import order_and_tokens
         from turns import our_clocks
@@ -137,7 +139,7 @@ class Bench:
             train_dpo(run, config, self._console)
             return clocks.side(tokens, reference)
 
-    def _rows_and_plan(self, stage: str, run: Run) -> tuple[Any, Any]:
+    def _rows_and_plan(self, stage: Trained, run: Run) -> tuple[Any, Any]:
         from medtrain.train.rows import dpo_rows, sft_rows
         from medtrain.train.trainer_settings import make_plan
 

@@ -1,7 +1,7 @@
 """The stage `dpo`: the SFT adapter learns to prefer the better answers.
 
 `dpo.method` → how: direct preference optimisation (here), or one of the modules beside this one →
-medtrain.train.preference_stage, which is the same for all. DPO: pairs and the reference's log
+medtrain.train.training_stage, which is the same for all. DPO: pairs and the reference's log
 probabilities of them → checked: before a step, policy and reference agree → TRL's DPOTrainer, with
 the loss that `dpo.loss_type` names.
 """
@@ -16,34 +16,28 @@ from medtrain.run import Run
 from medtrain.train.feeding import feed_preferences, pair_collate
 from medtrain.train.kto import kto
 from medtrain.train.orpo import orpo
-from medtrain.train.preference_stage import Method, Prepared, train_preferences
 from medtrain.train.reference import read_reference
 from medtrain.train.rejection import rejection
 from medtrain.train.rows import dpo_rows
 from medtrain.train.step import Fed
-from medtrain.train.trainer_settings import dpo_settings
+from medtrain.train.trainer_settings import PAIRED
 from medtrain.train.trainers import PreferenceTrainer
+from medtrain.train.training_stage import Method, Prepared, train
 
 
 def train_dpo(run: Run, config: RunConfig, console: Console) -> dict[str, Any]:
     """Train the DPO adapter by `dpo.method`, or go on with it; returns counts and losses.
 
     Raises:
-        ConfigError: optimiser or trainer fields are wrong, the GPU is too small, or the checkpoints
-            are of processes that cannot be gone on from with these.
-        DataError: there is no preference pair, no SFT adapter, or no reference.
-        AdapterMismatchError: the SFT adapter does not fit the base.
-        StoppedError: it was asked to stop, and has saved.
-        MedtrainError: policy and reference differ at the start, the loss is no number, or nothing
-            was learnt.
+        MedtrainError: as medtrain.train.training_stage.train does.
     """
     methods = {"dpo": dpo, "orpo": orpo, "kto": kto, "rejection": rejection}
-    return train_preferences(run, config, console, methods[config.dpo.method]())
+    return train(methods[config.dpo.method](), run, config, "dpo", console)
 
 
 def dpo() -> Method:
     """Direct preference optimisation (https://arxiv.org/abs/2305.18290), with any of its losses."""
-    return Method(dpo_rows, dpo_settings, PreferenceTrainer, _feed, checked=True)
+    return Method(dpo_rows, PAIRED, PreferenceTrainer, _feed, checked=True)
 
 
 def _feed(stage: Prepared) -> Fed:

@@ -25,7 +25,6 @@ from medtrain.train.feeding import feed_preferences, with_sums
 from medtrain.train.loader import Forward, StepBatch, unpaired_batch
 from medtrain.train.mismatch import Answered, mismatched, mismatched_id
 from medtrain.train.packed import PackedForward
-from medtrain.train.preference_stage import Method, Prepared
 from medtrain.train.reference import read_reference
 from medtrain.train.rows import (
     IGNORED,
@@ -38,8 +37,9 @@ from medtrain.train.rows import (
     split_rows,
 )
 from medtrain.train.step import EvaluationStoppedError, Fed
-from medtrain.train.trainer_settings import kto_settings
+from medtrain.train.trainer_settings import UNPAIRED
 from medtrain.train.trainers import AnswerTrainer
+from medtrain.train.training_stage import Method, Prepared
 
 if TYPE_CHECKING:
     from medtrain.data.chat import ChatTokenizer
@@ -50,7 +50,7 @@ _OTHERS_SUMS = ("ref_other_chosen_logps", "ref_other_rejected_logps")
 
 def kto() -> Method:
     """The method."""
-    return Method(kto_rows, kto_settings, UnpairedTrainer, _feed, checked=True)
+    return Method(kto_rows, UNPAIRED, UnpairedTrainer, _feed, checked=True)
 
 
 def kto_rows(run: Run, config: RunConfig, chat: ChatTokenizer) -> Rows:

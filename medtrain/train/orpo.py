@@ -15,11 +15,11 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from medtrain.train.feeding import feed_preferences, pair_collate
-from medtrain.train.preference_stage import Method, Prepared
 from medtrain.train.rows import IGNORED, dpo_rows
 from medtrain.train.step import Fed
-from medtrain.train.trainer_settings import dpo_settings
+from medtrain.train.trainer_settings import PAIRED
 from medtrain.train.trainers import PreferenceTrainer
+from medtrain.train.training_stage import Method, Prepared
 
 _CERTAIN = -1e-6
 """The greatest mean log-probability whose odds are finite numbers in float32."""
@@ -27,7 +27,7 @@ _CERTAIN = -1e-6
 
 def orpo() -> Method:
     """The method."""
-    return Method(dpo_rows, dpo_settings, OddsRatioTrainer, _feed, checked=False)
+    return Method(dpo_rows, PAIRED, OddsRatioTrainer, _feed)
 
 
 def _feed(stage: Prepared) -> Fed:

@@ -18,8 +18,6 @@ from medtrain.config import RunConfig
 from medtrain.data.examples import Preference, read_preferences
 from medtrain.files import canonical_json
 from medtrain.run import Run
-from medtrain.train.feeding import feed_supervised
-from medtrain.train.preference_stage import Method, Prepared
 from medtrain.train.rows import (
     IGNORED,
     Counts,
@@ -29,9 +27,10 @@ from medtrain.train.rows import (
     refuse_no_pairs,
     split_rows,
 )
-from medtrain.train.step import Fed
-from medtrain.train.trainer_settings import rejection_settings
+from medtrain.train.sft import feed_rows
+from medtrain.train.trainer_settings import SUPERVISED
 from medtrain.train.trainers import SupervisedTrainer
+from medtrain.train.training_stage import Method
 
 if TYPE_CHECKING:
     from medtrain.data.chat import ChatTokenizer
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 def rejection() -> Method:
     """The method."""
     trainer = partial(SupervisedTrainer, stage="dpo")
-    return Method(rejection_rows, rejection_settings, trainer, _feed, checked=False)
+    return Method(rejection_rows, SUPERVISED, trainer, feed_rows)
 
 
 def rejection_rows(run: Run, config: RunConfig, chat: ChatTokenizer) -> Rows:
@@ -96,14 +95,3 @@ def _encode(
         labels = [IGNORED] * len(row.prompt_ids) + row.chosen_ids
         columns = (input_ids, labels)
         yield EncodedRow(prompt, best.id, columns, len(input_ids), len(row.chosen_ids))
-
-
-def _feed(stage: Prepared) -> Fed:
-    return feed_supervised(
-        stage.rows,
-        stage.section,
-        stage.plan,
-        seed=stage.config.seed,
-        pad_token_id=stage.chat.pad_token_id,
-        packed=stage.packed,
-    )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers.training_args import OptimizerNames
@@ -50,75 +51,70 @@ def strategy_here() -> str:
     return os.environ.get(STRATEGY_VARIABLE, "ddp")
 
 
-def sft_settings(
-    run: Run, config: RunConfig, plan: Plan, *, validated: bool, console: Console
-) -> Any:
-    """SFTConfig for rows that are token ids already.
+class Fields(NamedTuple):
+    """What of TRL's configuration one way to train has of its own."""
 
-    Raises:
-        ConfigError: TRL refuses a value.
-    """
-    section = config.sft
-    own = {
+    config: Callable[..., Any]
+    own: Callable[[Any], dict[str, Any]]
+    """Makes fields of the stage's section."""
+
+
+SUPERVISED = Fields(
+    TrlSFTConfig,
+    lambda section: {
         "max_length": section.max_length,
         "dataset_kwargs": {"skip_prepare_dataset": True},
-    }
-    arguments = _shared(run, config, "sft", plan, validated, console)
-    return _checked(TrlSFTConfig, {**arguments, **own, **section.trainer}, "sft")
-
-
-def dpo_settings(
-    run: Run, config: RunConfig, plan: Plan, *, validated: bool, console: Console
-) -> Any:
-    """DPOConfig for rows that are token ids already.
-
-    Raises:
-        ConfigError: TRL refuses a value, or would ignore one.
-    """
-    section = config.dpo
-    own = {
+    },
+)
+PAIRED = Fields(
+    TrlDPOConfig,
+    lambda section: {
         "max_length": section.max_length,
         "beta": section.beta,
         "loss_type": [section.loss_type],
         "label_smoothing": section.label_smoothing,
-    }
-    arguments = _shared(run, config, "dpo", plan, validated, console)
-    return _checked(TrlDPOConfig, {**arguments, **own, **section.trainer}, "dpo")
-
-
-def kto_settings(
-    run: Run, config: RunConfig, plan: Plan, *, validated: bool, console: Console
-) -> Any:
-    """KTOConfig for rows that are token ids already.
-
-    Raises:
-        ConfigError: TRL refuses a value.
-    """
-    section = config.dpo
-    own = {
+    },
+)
+UNPAIRED = Fields(
+    TrlKTOConfig,
+    lambda section: {
         "max_length": section.max_length,
         "beta": section.beta,
         "desirable_weight": section.desirable_weight,
         "undesirable_weight": section.undesirable_weight,
         # In examples, two of each pair: TRL refuses a batch of one, which has no mismatched pair.
         "per_device_train_batch_size": 2 * section.batch_size,
-    }
-    arguments = _shared(run, config, "dpo", plan, validated, console)
-    return _checked(TrlKTOConfig, {**arguments, **own, **section.trainer}, "dpo")
+    },
+)
 
 
-def rejection_settings(
-    run: Run, config: RunConfig, plan: Plan, *, validated: bool, console: Console
+def trainer_settings(
+    fields: Fields,
+    run: Run,
+    config: RunConfig,
+    stage: Trained,
+    plan: Plan,
+    *,
+    validated: bool,
+    console: Console,
 ) -> Any:
-    """SFTConfig for the stage `dpo`, where it fine-tunes on the best answers.
+    """TRL's configuration for rows that are token ids already.
+
+    Args:
+        fields: the way to train.
+        run: where logs and checkpoints go.
+        config: the run's.
+        stage: whose section says how.
+        plan: how many steps, by how many processes.
+        validated: whether there are validation rows.
+        console: what is left off is warned of there.
 
     Raises:
-        ConfigError: TRL refuses a value.
+        ConfigError: TRL refuses a value, or would ignore one.
     """
-    section = config.dpo
-    own = {"max_length": section.max_length, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    arguments = _shared(run, config, "dpo", plan, validated, console)
-    return _checked(TrlSFTConfig, {**arguments, **own, **section.trainer}, "dpo")
+    section = getattr(config, stage)
+    arguments = _shared(run, config, stage, plan, validated, console)
+    return _checked(fields.config, {**arguments, **fields.own(section), **section.trainer}, stage)
 
 
 def _shared(

@@ -18,7 +18,7 @@ from medtrain.train.feeding import feed_preferences, pair_collate
 from medtrain.train.model import load_base
 from medtrain.train.reference import compute_reference, read_reference
 from medtrain.train.rows import dpo_rows
-from medtrain.train.trainer_settings import dpo_settings
+from medtrain.train.trainer_settings import PAIRED, trainer_settings
 from medtrain.train.trainers import PreferenceTrainer
 from tests.train.conftest import MakeRun, Ready, give_sft
 from tests.train.test_model import other_base, trained_adapter
@@ -31,7 +31,9 @@ def trainer_of(ready: Ready, *, trainable: bool = True) -> PreferenceTrainer:
     return PreferenceTrainer(
         model=attach_adapter(base, ready.run.adapter("sft"), trainable=trainable),
         plan=plan,
-        args=dpo_settings(ready.run, ready.config, plan, validated=False, console=ready.console),
+        args=trainer_settings(
+            PAIRED, ready.run, ready.config, "dpo", plan, validated=False, console=ready.console
+        ),
         train_dataset=rows.train.dataset,
         processing_class=ready.chat.tokenizer,
     )

@@ -24,13 +24,20 @@ from medtrain.train.model import load_base
 from medtrain.train.rows import IGNORED, is_validation, sft_rows
 from medtrain.train.sft import train_sft
 from medtrain.train.telemetry import Telemetry, metrics_line
-from medtrain.train.trainer_settings import choose_optimizer, make_plan, sft_settings
+from medtrain.train.trainer_settings import (
+    SUPERVISED,
+    choose_optimizer,
+    make_plan,
+    trainer_settings,
+)
 from medtrain.train.trainers import SupervisedTrainer
 from tests.train.conftest import MakeRun, Ready, adapter_bytes
 
 
-def settings(ready: Ready, plan: Plan) -> Any:
-    return sft_settings(ready.run, ready.config, plan, validated=True, console=ready.console)
+def settings(ready: Ready, plan: Plan, *, validated: bool = True) -> Any:
+    return trainer_settings(
+        SUPERVISED, ready.run, ready.config, "sft", plan, validated=validated, console=ready.console
+    )
 
 
 def test_it_learns_and_publishes_a_whole_adapter(make_run: MakeRun) -> None:
@@ -207,7 +214,7 @@ def test_settings_that_only_the_trainer_refuses_are_one_clear_message(make_run: 
 
 def test_early_stopping_without_a_validation_row_is_warned_of(make_run: MakeRun) -> None:
     ready = make_run(sft={"early_stopping": 2})
-    sft_settings(ready.run, ready.config, Plan(4, 2, 8, 1), validated=False, console=ready.console)
+    settings(ready, Plan(4, 2, 8, 1), validated=False)
     assert "event=early_stopping_off" in ready.run.log.read_text()
 
 
