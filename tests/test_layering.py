@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "environment"},
     {"files", "locks", "ending"},
     {"console", "config", "run", "endpoint"},
-    {"digests", "memory", "beforehand"},
+    {"digests", "memory", "beforehand", "gpus"},
     {"lineage", "quickstart"},
     {"data", "shards"},
     {"train"},

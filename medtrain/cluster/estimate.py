@@ -2,7 +2,7 @@
 
 a job's steps → seconds of each: what this run measured where it did (receipts of stages, of shards,
 checkpoints), else FLOPs and bytes (medtrain.cluster.workload) at the speed of a GPU
-(medtrain.cluster.gpus) → seconds of a task. What is finished of a stage that has begun is taken
+(medtrain.gpus) → seconds of a task. What is finished of a stage that has begun is taken
 off. Nothing is touched, no model is loaded.
 """
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from medtrain.cluster.chain import ChainJob, phase_of
-from medtrain.cluster.gpus import LOAD_BYTES_PER_S, START_S, STEP_FLOOR_S, parameters_of
 from medtrain.cluster.hardware import Hardware
 from medtrain.cluster.ledger import Step
 from medtrain.cluster.workload import (
@@ -28,6 +27,7 @@ from medtrain.cluster.workload import (
     words,
 )
 from medtrain.config import GenerateConfig, RunConfig, VariantConfig
+from medtrain.gpus import LOAD_BYTES_PER_S, START_S, STEP_FLOOR_S, parameters_of
 from medtrain.lineage import Standing
 from medtrain.run import Run, Trained
 from medtrain.shards import Request

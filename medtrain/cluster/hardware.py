@@ -6,9 +6,9 @@ bytes of a weight, seconds of loading, and for a training stage how it would be 
 
 from __future__ import annotations
 
-from medtrain.cluster.gpus import DEFAULT_GPU, LOAD_BYTES_PER_S, START_S, Gpu, gpu_of, parameters_of
 from medtrain.cluster.site import resources_of
 from medtrain.config import JobKind, RunConfig
+from medtrain.gpus import DEFAULT_GPU, LOAD_BYTES_PER_S, START_S, Gpu, gpu_of, parameters_of
 from medtrain.memory import Choice, architecture_of, choose_strategy
 from medtrain.run import Run, Trained
 

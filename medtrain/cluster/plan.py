@@ -15,14 +15,6 @@ from typing import Any, Literal, cast
 
 from medtrain.cluster.chain import plan_chain, steps_of
 from medtrain.cluster.estimate import Basis, Estimator
-from medtrain.cluster.gpus import (
-    DECODING_SHARE,
-    KNOWN,
-    LOAD_BYTES_PER_S,
-    STEP_FLOOR_S,
-    TRAINING_SHARE,
-    gpu_of,
-)
 from medtrain.cluster.ledger import Step
 from medtrain.cluster.proportions import out_of_proportion
 from medtrain.cluster.site import resources_of
@@ -31,6 +23,14 @@ from medtrain.config import JobKind, RunConfig
 from medtrain.data.needs import datasets_needed, models_needed
 from medtrain.endpoint import read_secrets
 from medtrain.errors import ConfigError
+from medtrain.gpus import (
+    DECODING_SHARE,
+    KNOWN,
+    LOAD_BYTES_PER_S,
+    STEP_FLOOR_S,
+    TRAINING_SHARE,
+    gpu_of,
+)
 from medtrain.pipeline import table
 from medtrain.run import Run, Trained
 from medtrain.selection import Selection

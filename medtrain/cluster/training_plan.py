@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from medtrain.cluster.estimate import Estimator
-from medtrain.cluster.gpus import KNOWN, Gpu, gpu_of
 from medtrain.cluster.site import resources_of
 from medtrain.cluster.workload import TrainingLoad, training_load
 from medtrain.errors import DataError
 from medtrain.files import read_json
+from medtrain.gpus import KNOWN, Gpu, gpu_of
 from medtrain.memory import Architecture, Choice, Estimate, Work, strategies_for, work_of
 from medtrain.memory.estimate import trained_parameters
 from medtrain.run import Trained

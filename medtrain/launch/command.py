@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from medtrain.config import RunConfig
@@ -92,12 +91,8 @@ def environment(node: Node, meeting: Meeting) -> dict[str, str]:
     if node.processes > 1 and "OMP_NUM_THREADS" not in kept:
         made["OMP_NUM_THREADS"] = str(max(1, cpu_cores() // node.processes))
     made |= _rendezvous(node.place)
-    if meeting.strategy in DEEPSPEED:
-        # It compiles with ninja, which lies beside python where an environment is not activated.
-        python = str(Path(sys.executable).parent)
-        made["PATH"] = os.pathsep.join(filter(None, [kept.get("PATH"), python]))
-        if node.gpus == 0:
-            made |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    if meeting.strategy in DEEPSPEED and node.gpus == 0:
+        made |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     return {**kept, **made}
 
 

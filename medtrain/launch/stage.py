@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import IO, Any, cast, get_args
 
@@ -19,13 +20,13 @@ from medtrain.errors import (
     from_record,
 )
 from medtrain.files import read_json
-from medtrain.launch import deepspeed_op, devices
+from medtrain.launch import devices
 from medtrain.launch.command import Node, command, environment
 from medtrain.launch.ended import error_of
 from medtrain.launch.meeting import Meeting, agreed
 from medtrain.launch.place import NodePlace
 from medtrain.launch.processes import Processes
-from medtrain.launch.strategy import DEEPSPEED, Chosen, asked_for, choose, refuse
+from medtrain.launch.strategy import Chosen, asked_for, choose, refuse
 from medtrain.launch.worker import IN_JOB_VARIABLE, begin
 from medtrain.lineage import Lineage
 from medtrain.run import Run, Trained
@@ -152,9 +153,7 @@ def _run(
     program = ["-m", "medtrain", stage, str(run.config)]
     started = command(config, program, node, meeting)
     surroundings = {**environment(node, meeting), **run.lock_environment()}
-    if node.gpus == 0 and meeting.strategy in DEEPSPEED:
-        deepspeed_op.build(surroundings)
-    console.event("launch", f"{stage}: {' '.join(started[1:])}", stage=stage)
+    console.event("launch", f"{stage}: {shlex.join(['python', *started[1:]])}", stage=stage)
     rank = node.place.rank
     log = run.logs / (f"{stage}.launch.{rank}.log" if rank else f"{stage}.launch.log")
     with log.open("wb") as said:

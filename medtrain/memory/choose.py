@@ -119,9 +119,13 @@ def strategies_for(
     gpu_bytes: int,
     checkpointing: bool | Literal["auto"],
 ) -> list[Estimate]:
-    """An estimate of every strategy, with checkpointing only where it does not fit without."""
+    """An estimate of every strategy, with checkpointing only where it does not fit without.
+
+    FSDP2 trains no rows of new tokens.
+    """
     found = []
-    for strategy in (*CHEAPEST_FIRST, "fsdp2") if gpus > 1 else CHEAPEST_FIRST[:1]:
+    sharding: tuple[Strategy, ...] = CHEAPEST_FIRST if work.new_rows else (*CHEAPEST_FIRST, "fsdp2")
+    for strategy in sharding if gpus > 1 else sharding[:1]:
         ways = [
             estimate(architecture, work, strategy, gpus=gpus, checkpointing=way)
             for way in _ways(checkpointing)

@@ -127,14 +127,16 @@ def estimate(
     stored, constants = base_bytes(architecture, work)
     trained = trained_parameters(architecture, work)
     copies = _FLOAT32 + (work.dtype_bytes if work.dtype_bytes < _FLOAT32 else 0)
-    state = work.state_bytes + (_FLOAT32 if strategy.startswith("zero") else 0)
+    # 8-bit optimisers know no weights that FSDP2 shards.
+    moments = 2 * _FLOAT32 if strategy == "fsdp2" else work.state_bytes
+    state = moments + (_FLOAT32 if strategy.startswith("zero") else 0)
     kept, inner = _kept(architecture, work, checkpointing)
     resident = {
         "weights": share("weights", stored) + constants,
         "adapter": share("adapter", trained * copies),
         "gradients": share("gradients", trained * _FLOAT32) + _buffers(trained, strategy, gpus),
         "optimizer": share("optimizer", trained * state),
-        "gathered": _gathered(architecture, work, stored, strategy),
+        "gathered": _gathered(architecture, work, stored, strategy, checkpointing),
     }
     step = {
         "activations": kept,
@@ -147,7 +149,8 @@ def estimate(
     }
     bare = Estimate(strategy, checkpointing, **resident, **step, overhead=0.0, load=0.0)
     overhead = _overhead(bare.allocated, gpus)
-    load = _load(architecture, work, stored + constants, gpus)
+    shards = resident["weights"] if strategy == "fsdp2" else 0.0
+    load = _load(architecture, work, stored + constants, gpus, shards)
     return Estimate(strategy, checkpointing, **resident, **step, overhead=overhead, load=load)
 
 
@@ -189,8 +192,16 @@ def _evaluation(architecture: Architecture, work: Work) -> float:
     return max(layer + layers.dequantized(architecture, work), hidden + output)
 
 
-def _gathered(architecture: Architecture, work: Work, stored: float, strategy: Strategy) -> float:
-    """Weights of all GPUs that are at hand at a time."""
+def _gathered(
+    architecture: Architecture, work: Work, stored: float, strategy: Strategy, checkpointing: bool
+) -> float:
+    """Weights of all GPUs that are at hand at a time.
+
+    bitsandbytes keeps a view of a 4-bit weight for the backward pass, and by it what ZeRO-3 has
+    gathered, unless the layer is computed again.
+    """
+    if strategy.startswith("zero3") and work.quantized and not checkpointing:
+        return stored
     if strategy in ("zero3", "zero3-offload"):
         # What lies below new tokens stays whole (medtrain.train.sharded).
         whole = architecture.embedding_weights * work.dtype_bytes if work.new_rows else 0
@@ -210,9 +221,11 @@ def _overhead(allocated: float, gpus: int) -> float:
     return CONTEXT + (COMMUNICATION if gpus > 1 else 0.0) + FRAGMENTATION * allocated
 
 
-def _load(architecture: Architecture, work: Work, base: float, gpus: int) -> float:
+def _load(architecture: Architecture, work: Work, base: float, gpus: int, shards: float) -> float:
     """The base is loaded whole on every GPU before anything shards it. Growing the vocabulary needs
     an embedding matrix twice."""
     matrix = architecture.vocab * architecture.hidden * work.dtype_bytes
     alive = base + (matrix if work.new_rows else layers.dequantized(architecture, work))
+    # FSDP2 is given the shards while the whole base is still there.
+    alive += shards
     return alive + _overhead(alive, gpus)

@@ -47,7 +47,7 @@ def kept_a_token(architecture: Architecture, work: Work) -> float:
     b, linear = work.dtype_bytes, architecture.linear
     q, kv = linear["q_proj"].outputs, linear["k_proj"].outputs
     norms = 2 * architecture.hidden * _FLOAT32
-    attention = (2 * q + 2 * kv) * b + architecture.heads * _FLOAT32
+    attention = (2 * q + 2 * (q if work.repeats_groups else kv)) * b + architecture.heads * _FLOAT32
     mlp = 3 * architecture.intermediate * b
     return norms + attention + mlp + _adapters_a_token(architecture, work)
 

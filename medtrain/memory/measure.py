@@ -8,6 +8,7 @@ and files that are mapped into memory.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ def measure(
         torch.cuda.synchronize(device)
         return Measured(before, torch.cuda.max_memory_allocated(device))
     before = tensor_bytes(resident)
+    gc.collect()  # what is given back later, and was there before, would count as less
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

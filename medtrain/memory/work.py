@@ -35,6 +35,9 @@ class Work:
     """Whether rows of new tokens are trained."""
     device: Device = "cuda"
     """Whose kernels compute it."""
+    repeats_groups: bool = False
+    """Whether keys and values are repeated for the queries that share them, as they are where
+    PyTorch's flash attention cannot be had (medtrain.train.packed)."""
 
 
 def work_of(
@@ -56,16 +59,19 @@ def work_of(
     """
     section = config.dpo if stage == "dpo" else config.sft
     a_row = section.max_length * sides_of(config, stage)
+    dtype_bytes = _DTYPE_BYTES.get(config.model.dtype, auto_bytes)
     return Work(
         tokens=section.batch_size * a_row,
         evaluated_tokens=section.eval_batch_size * a_row if section.validation_fraction else 0,
-        dtype_bytes=_DTYPE_BYTES.get(config.model.dtype, auto_bytes),
+        dtype_bytes=dtype_bytes,
         quantized=config.model.quantization == "nf4",
         double_quantization=config.model.double_quantization,
         lora=config.sft.lora,
         state_bytes=_state_bytes(config, section.optimizer, device),
         new_rows=config.model.chat_template == "chatml" and not architecture.knows_chatml,
         device=device,
+        # A GPU without bfloat16 is older than flash attention.
+        repeats_groups=device == "cuda" and 4 in (dtype_bytes, auto_bytes),
     )
 
 

@@ -26,6 +26,7 @@ from medtrain.errors import (
     TryAgainError,
     from_exit_code,
 )
+from medtrain.gpus import gpu_named
 from medtrain.run import Run, Trained
 from medtrain.train import checkpoints
 from medtrain.train.adapter import AdapterFacts, read_weights
@@ -67,12 +68,16 @@ class Fit:
         if torch.cuda.is_available():
             name = str(dtype).removeprefix("torch.")
             peak = get_peak_flops_per_device(trainer.accelerator, name)
+            if peak is None and (gpu := gpu_named(torch.cuda.get_device_name(device))):
+                peak = gpu.flops(name)
         rounded = dtype == torch.bfloat16 and self.plan.strategy.startswith("zero")
         trainer.feed(
             fed._replace(autocast=dtype if rounded else None),
             self.stop,
             LossGuard(self.stage, fed.ids, section.max_bad_batches, device),
-            SpeedMeter(model.num_parameters(exclude_embeddings=True), self.plan.processes, peak),
+            SpeedMeter(
+                model.num_parameters(exclude_embeddings=True), self.plan.processes, peak, device
+            ),
         )
 
     def resume_point(self, trainer: Any) -> Checkpoint | None:

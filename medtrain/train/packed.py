@@ -55,7 +55,7 @@ def attention_for(wanted: str, dtype: torch.dtype, *, packed: bool) -> str | Non
     """
     if not packed:
         return None if wanted == "auto" else wanted
-    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    flash = _has_flash_kernels() and importlib.util.find_spec("flash_attn") is not None
     if wanted in _FLASH or (wanted == "auto" and flash and dtype != torch.float32):
         return wanted if wanted in _FLASH else _FLASH[0]
     return PACKED_ATTENTION
@@ -130,6 +130,8 @@ class PackedForward:
         return getattr(self._model, name)
 
 
+_AMPERE = (8, 0)
+"""The compute capability that flash attention begins with."""
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
 
@@ -180,6 +182,10 @@ def _packed_attention(
         )
         return attended
     grouped = key.shape[1] != query.shape[1]
+    if grouped and not _takes_groups(query):
+        times = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(times, dim=1) for part in (key, value))
+        grouped = False
     sizes = list(row_lengths)
     rows = zip(*(torch.split(part, sizes, dim=2) for part in (query, key, value)), strict=True)
     each = [
@@ -189,6 +195,18 @@ def _packed_attention(
         for q, k, v in rows
     ]
     return torch.cat(each, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _takes_groups(query: torch.Tensor) -> bool:
+    """Whether PyTorch has a kernel for fewer keys than queries that does not keep all of their
+    products, as the fallback does: on GPUs only its flash attention, in 16 bits."""
+    if not query.is_cuda:
+        return True
+    return query.element_size() == 2 and _has_flash_kernels(query.device)
+
+
+def _has_flash_kernels(device: torch.device | None = None) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= _AMPERE
 
 
 def _packed_mask(*args: Any, **kwargs: Any) -> Any:

@@ -77,8 +77,13 @@ class StopRequest:
 
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set in any process; the same answer in all of them."""
+    return bool(greatest(int(flag), device))
+
+
+def greatest(number: int, device: torch.device) -> int:
+    """The greatest of all processes' numbers; the same answer in all of them."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flag
-    shared = torch.tensor(int(flag), device=device)
+        return number
+    shared = torch.tensor(number, device=device)
     torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-    return bool(shared.item())
+    return int(shared.item())

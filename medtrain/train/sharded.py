@@ -30,6 +30,18 @@ def fit_buckets(plugin: Any, model: Any) -> None:
     zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = max(trained, 1)
 
 
+def do_without_compiled_op() -> None:
+    """Have DeepSpeed compile nothing on a CPU: it would use the op in inference alone.
+
+    Compiling takes half a minute and a compiler; and a process that is killed meanwhile leaves a
+    mark, for whose end all others would wait for ever.
+    """
+    from deepspeed import ops
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+
+
 def keep_token_layers_whole(model: Any) -> None:
     """Take the weights below PEFT's token layers out of what DeepSpeed shards.
 

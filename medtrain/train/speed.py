@@ -18,26 +18,36 @@ from typing import Any
 import torch
 
 from medtrain.train.loader import Forward
+from medtrain.train.preemption import greatest
 
 SPEED_FIGURES = (
     "tokens_per_s", "padding", "step_s", "data_wait_s", "memory_peak_bytes", "mfu",
 )  # fmt: skip
 """What a line of metrics says of speed."""
 _FLOPS_A_WEIGHT_AND_TOKEN = 4.0
+_CPU = torch.device("cpu")
 
 
 class SpeedMeter:
     """Sums since the last line of metrics."""
 
-    def __init__(self, weights: float, processes: int, peak_flops: float | None) -> None:
+    def __init__(
+        self,
+        weights: float,
+        processes: int,
+        peak_flops: float | None,
+        device: torch.device = _CPU,
+    ) -> None:
         """Start the clock.
 
         Args:
             weights: of the model, embeddings left out.
             processes: that train together; tokens of the others are taken to be as many.
             peak_flops: of one device, FLOP/s; None where nobody knows.
+            device: where figures are shared between processes.
         """
         self._weights, self._processes, self._peak_flops = weights, processes, peak_flops
+        self._device = device
         self._start_anew()
 
     def waited(self, seconds: float) -> None:
@@ -61,7 +71,11 @@ class SpeedMeter:
         self._since += seconds
 
     def line(self) -> dict[str, Any]:
-        """The figures since the last call, for a line of metrics; empty without a step."""
+        """The figures since the last call, for a line of metrics; empty without a step.
+
+        A collective operation: all processes must ask at the same point. The peak of memory is that
+        of the fullest one, since it started.
+        """
         if not self._steps:
             return {}
         seconds = max(time.perf_counter() - self._since, 1e-9)
@@ -71,7 +85,7 @@ class SpeedMeter:
             "padding": round(1 - self._tokens / self._positions, 4),
             "step_s": round(seconds / self._steps, 4),
             "data_wait_s": round(self._waited_s / self._steps, 4),
-            "memory_peak_bytes": memory_peak(),
+            "memory_peak_bytes": greatest(memory_peak(), self._device),
         }
         if self._peak_flops:
             flops = _FLOPS_A_WEIGHT_AND_TOKEN * self._weights * a_second

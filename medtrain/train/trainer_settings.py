@@ -228,20 +228,21 @@ def choose_optimizer(config: RunConfig, stage: Trained, console: Console) -> str
     """
     name: str = getattr(config, stage).optimizer
     on_gpu = torch.cuda.is_available()
+    sharded = strategy_here() == "fsdp2"
     if name == "auto":
-        return (
-            "paged_adamw_8bit" if on_gpu and config.model.quantization == "nf4" else "adamw_torch"
-        )
+        in_8_bits = on_gpu and config.model.quantization == "nf4" and not sharded
+        return "paged_adamw_8bit" if in_8_bits else "adamw_torch"
     known = [member.value for member in OptimizerNames]
     if name not in known:
         raise ConfigError(
             f"{stage}.optimizer: there is no {name!r}.{nearest(name, known)}",
             fix=f"Valid: auto, {', '.join(known)}",
         )
-    if not on_gpu and any(mark in name for mark in ("bnb", "bit", "paged")):
+    if (sharded or not on_gpu) and any(mark in name for mark in ("bnb", "bit", "paged")):
+        why = "knows no weights that FSDP2 shards" if sharded else "needs a GPU"
         console.warn(
             "optimizer_replaced",
-            f"{stage}.optimizer {name} needs a GPU: adamw_torch takes its place",
+            f"{stage}.optimizer {name} {why}: adamw_torch takes its place",
             wanted=name,
             used="adamw_torch",
         )

@@ -24,7 +24,7 @@ from trl import DPOTrainer, SFTTrainer
 
 from medtrain.errors import ConfigError, MedtrainError, TryAgainError
 from medtrain.run import Trained
-from medtrain.train import checkpoints
+from medtrain.train import checkpoints, fsdp
 from medtrain.train.adapter import (
     adapter_shapes,
     load_weights,
@@ -51,6 +51,7 @@ class AdapterTrainer(StepTrainer):
     """What all trainers change in how checkpoints are written and read, and in how they stop."""
 
     plan: Plan
+    is_fsdp_enabled: bool
     _metrics: dict[str, Any]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -62,6 +63,8 @@ class AdapterTrainer(StepTrainer):
         """Write the adapter; where it lies whole in every process, nothing is gathered for it."""
         if self._is_deepspeed and self._zero_stage < _STAGE3:
             self._save(output_dir)
+        elif self.is_fsdp_enabled:
+            self._save(output_dir, fsdp.whole_weights(self.model))
         else:
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
@@ -105,6 +108,9 @@ class AdapterTrainer(StepTrainer):
             fit_buckets(self.accelerator.state.deepspeed_plugin, self.model)
             if self._zero_stage == _STAGE3:
                 keep_token_layers_whole(self.model)
+        if self.is_fsdp_enabled and (self.args.bf16 or self.args.fp16):
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16
+            fsdp.compute_in(self.accelerator.state.fsdp_plugin, dtype)
         return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

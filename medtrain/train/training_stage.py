@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from medtrain.config import RunConfig
 from medtrain.console import Console
 from medtrain.data.tokenizer import load_chat_tokenizer
@@ -18,8 +20,10 @@ from medtrain.run import Run, Trained
 from medtrain.train.adapter import add_adapter, attach_adapter, read_weights
 from medtrain.train.checkpoints import Plan
 from medtrain.train.fit import Fit
+from medtrain.train.fsdp import refuse_new_tokens
 from medtrain.train.model import load_base, packs
 from medtrain.train.rows import Rows, tell_counts
+from medtrain.train.sharded import do_without_compiled_op
 from medtrain.train.step import Fed
 from medtrain.train.trainer_settings import Fields, make_plan, strategy_here, trainer_settings
 
@@ -70,6 +74,8 @@ def train(
     """
     section = getattr(config, stage)
     chat = load_chat_tokenizer(run)
+    if strategy_here() == "fsdp2":
+        refuse_new_tokens(list(chat.new_token_ids))
     rows = method.rows(run, config, chat)
     tell_counts(rows.counts, stage, console)
     packed = packs(run, config, stage)
@@ -85,6 +91,8 @@ def train(
         else:
             start = run.adapter("sft")
             model, before = attach_adapter(base, start, trainable=True), read_weights(start)
+        if plan.strategy.startswith("zero") and not torch.cuda.is_available():
+            do_without_compiled_op()
         validated = rows.validation is not None
         settings = trainer_settings(
             method.fields, run, config, stage, plan, validated=validated, console=console

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medtrain.cluster.gpus import DEFAULT_GPU, gpu_of, parameters_of
 from medtrain.cluster.plan import PlannedJob, RunPlan, make_plan
 from medtrain.cluster.workload import duration, words
 from medtrain.config import Resources, RunConfig, parse_config
 from medtrain.console import Console
+from medtrain.gpus import DEFAULT_GPU, gpu_named, gpu_of, parameters_of
 from medtrain.run import Run
 from medtrain.selection import Selection
 from medtrain.stages import by_name
@@ -358,6 +358,21 @@ def test_a_directory_tells_them_exactly(base_dir: Path, tmp_path: Path) -> None:
 )
 def test_the_gpu_is_the_one_that_is_asked_for(wanted: dict[str, Any], name: str | None) -> None:
     found = gpu_of(Resources(**wanted))
+    assert (found and found.name) == name
+
+
+@pytest.mark.parametrize(
+    ("driver", "name"),
+    [
+        ("Tesla V100-SXM2-32GB", "V100 SXM2 32 GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80 GB"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("Quadro P6000", None),
+    ],
+)
+def test_a_gpu_is_known_by_the_drivers_name(driver: str, name: str | None) -> None:
+    found = gpu_named(driver)
     assert (found and found.name) == name
 
 

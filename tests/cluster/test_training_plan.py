@@ -44,13 +44,13 @@ def test_a_training_shows_what_takes_how_much() -> None:
     assert sft.load.steps == 134
     text = shown(plan, only="sft")
     for part in ("2 nodes × 4 × A100 40 GB", "8.03 G parameters", "134 steps of 32 rows",
-                 "weights", "activations", "logits", "new tokens", "zero3-offload", "fsdp2",
+                 "weights", "activations", "logits", "new tokens", "zero3-offload",
                  f"→ {sft.choice.strategy}"):  # fmt: skip
         assert part in text
     tree = plan.to_json()["training"][0]
     assert tree["parameters"]["total"] == LLAMA_8B
     assert [one["strategy"] for one in tree["strategies"]] == [
-        "ddp", "zero2", "zero3", "zero3-offload", "fsdp2",
+        "ddp", "zero2", "zero3", "zero3-offload",
     ]  # fmt: skip
     assert tree["strategies"][0]["weights"] < 6 * 2**30 < tree["gpu_bytes"]
     json.dumps(tree)

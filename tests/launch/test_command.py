@@ -104,7 +104,6 @@ def test_deepspeed_on_a_cpu_is_told_so() -> None:
     assert (on_cpu["ACCELERATE_TORCH_DEVICE"], on_cpu["DS_ACCELERATOR"]) == ("cpu", "cpu")
     on_gpu = environment(Node(NodePlace(), 2, 2), Meeting("zero3"))
     assert not {"ACCELERATE_TORCH_DEVICE", "DS_ACCELERATOR"} & set(on_gpu)
-    assert str(Path(sys.executable).parent) in on_gpu["PATH"].split(os.pathsep)
 
 
 @pytest.mark.parametrize(("cores", "processes", "threads"), [("8", 2, "4"), ("1", 2, "1")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -125,11 +126,15 @@ def test_where_nobody_can_tell_nothing_is_sharded() -> None:
 
 
 def test_every_strategy_can_be_shown() -> None:
-    work = work_of(config_of(), "sft", LLAMA_8B)
+    work = replace(work_of(config_of(), "sft", LLAMA_8B), new_rows=False)
     shown = strategies_for(LLAMA_8B, work, gpus=8, gpu_bytes=24 * GIB, checkpointing="auto")
     assert [one.strategy for one in shown] == [*CHEAPEST_FIRST, "fsdp2"]
     for one in shown:
         without = estimate(LLAMA_8B, work, one.strategy, gpus=8)
         assert one.checkpointing == (without.peak > 24 * GIB)
+    tokens = strategies_for(
+        LLAMA_8B, replace(work, new_rows=True), gpus=8, gpu_bytes=24 * GIB, checkpointing="auto"
+    )
+    assert [one.strategy for one in tokens] == [*CHEAPEST_FIRST], "FSDP2 trains no new tokens"
     alone = strategies_for(LLAMA_8B, work, gpus=1, gpu_bytes=24 * GIB, checkpointing=False)
     assert [one.strategy for one in alone] == ["ddp"]

@@ -88,8 +88,8 @@ def test_checkpointing_takes_less(tokens: int) -> None:
     assert with_it.peak < estimate(LLAMA_8B, work).peak
 
 
-def parts(strategy: Any, gpus: int = 8) -> Estimate:
-    return estimate(LLAMA_8B, WORK, strategy, gpus=gpus)
+def parts(strategy: Any, gpus: int = 8, *, checkpointing: bool = False) -> Estimate:
+    return estimate(LLAMA_8B, WORK, strategy, gpus=gpus, checkpointing=checkpointing)
 
 
 def test_each_strategy_shares_what_it_should() -> None:
@@ -100,7 +100,8 @@ def test_each_strategy_shares_what_it_should() -> None:
     assert parts("zero3").weights == parts("fsdp2").weights == stored / 8 + constants
     assert parts("zero3-offload").weights == constants
     assert parts("zero3-offload").adapter == 0
-    assert parts("zero3").gathered > 0
+    assert parts("zero3").gathered == stored, "4-bit layers keep what they were computed with"
+    assert 0 < parts("zero3", checkpointing=True).gathered < stored
     assert whole.gathered == 0
     for strategy in STRATEGIES:
         assert parts(strategy).activations == whole.activations, "nothing shards activations"

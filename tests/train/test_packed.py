@@ -19,6 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from medtrain.config import parse_config
 from medtrain.errors import ConfigError
+from medtrain.train import packed as attention
 from medtrain.train.loader import preference_batch, supervised_batch
 from medtrain.train.model import packs
 from medtrain.train.packed import (
@@ -150,6 +151,18 @@ def test_gradients_are_those_of_the_rows_alone(kind: str) -> None:
         for name, gradient in expected.items():
             assert gradient.any()
             torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_keys_that_are_repeated_for_their_queries_change_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on GPUs without a kernel for fewer keys than queries."""
+    query, key, value = (torch.randn(1, heads, 50, 8) for heads in (6, 2, 2))
+    given = (torch.nn.Identity(), query, key, value, None, (20, 30))
+    shared, _ = attention._packed_attention(*given)
+    monkeypatch.setattr(attention, "_takes_groups", lambda query: False)
+    repeated, _ = attention._packed_attention(*given)
+    torch.testing.assert_close(repeated, shared)
 
 
 @_ALL

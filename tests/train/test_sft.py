@@ -187,10 +187,16 @@ def test_the_last_checkpoint_is_kept_when_asked(make_run: MakeRun) -> None:
     assert train_sft(ready.run, ready.config, ready.console)["kept_step"] == 3
 
 
-def test_optimisers_are_checked_and_replaced_on_a_cpu(make_run: MakeRun) -> None:
+def test_optimisers_are_checked_and_replaced_where_they_cannot_work(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ready = make_run(sft={"optimizer": "paged_adamw_8bit"})
     assert choose_optimizer(ready.config, "sft", ready.console) == "adamw_torch"
     assert "event=optimizer_replaced" in ready.run.log.read_text()
+    monkeypatch.setenv("MEDTRAIN_STRATEGY", "fsdp2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_optimizer(ready.config, "sft", ready.console) == "adamw_torch"
+    assert "FSDP2 shards" in ready.run.log.read_text()
     typo = make_run("typo", sft={"optimizer": "adamw_torhc"})
     with pytest.raises(ConfigError, match="Did you mean 'adamw_torch'"):
         choose_optimizer(typo.config, "sft", Console(quiet=True))

@@ -105,12 +105,18 @@ def gpu_of(wanted: Resources) -> Gpu | None:
 
     `a100` without a size is the smaller one; `a100-80gb`, `a100_80g` and `A100-SXM4-80GB` are not.
     """
-    for asked in (wanted.gpu_type, wanted.constraint, wanted.partition):
-        for name, gpu in _GPUS.items():
-            if asked and _is_named(name, asked.lower()):
-                size, larger = _LARGER.get(name, ("", gpu))
-                sizes = re.findall(r"(?<![0-9a-z])\d+(?=g|$|[^0-9a-z])", asked.lower())
-                return larger if size in sizes else gpu
+    asked = (wanted.gpu_type, wanted.constraint, wanted.partition)
+    return next((gpu for word in asked if word and (gpu := gpu_named(word))), None)
+
+
+def gpu_named(word: str) -> Gpu | None:
+    """The type of a word of a site, or of the name that the driver gives; None if it is unknown."""
+    word = word.lower()
+    for name, gpu in _GPUS.items():
+        if _is_named(name, word):
+            size, larger = _LARGER.get(name, ("", gpu))
+            sizes = re.findall(r"(?<![0-9a-z])\d+(?=g|$|[^0-9a-z])", word)
+            return larger if size in sizes else gpu
     return None
 
 
