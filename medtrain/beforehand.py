@@ -52,6 +52,12 @@ def check_packages(config: RunConfig) -> None:
                 fix=f"pip install {tracker}, or leave it out: the run's logs/ have the metrics "
                 "anyway.",
             )
+    if config.model.attention.startswith("flash") and find_spec("flash_attn") is None:
+        raise ConfigError(
+            f"model.attention={config.model.attention} needs the package flash-attn",
+            fix="pip install flash-attn, or leave model.attention at auto: it is taken where it is "
+            "installed.",
+        )
     if config.train.liger is True and find_spec("liger_kernel") is None:
         raise ConfigError(
             "train.liger=true needs the package liger-kernel",

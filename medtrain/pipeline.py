@@ -220,7 +220,9 @@ class Pipeline:
 
     def _begin(self, stage: Stage, fingerprint: Fingerprint, standing: Standing) -> None:
         resumed = standing.state == "started" and self.lineage.goes_on(stage.name, fingerprint)
-        why = standing.why or ("going on where it stopped" if resumed else "")
+        # How far a training can go on, its checkpoints say.
+        again = "begun before" if stage.trains else "going on where it stopped"
+        why = standing.why or (again if resumed else "")
         if not resumed and standing.state != "missing":
             self._remove(stage)
             why = why or "settings changed since it stopped"

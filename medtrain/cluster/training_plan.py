@@ -132,6 +132,9 @@ def _fitting(estimator: Estimator, stage: Trained, processes: int) -> Fitting | 
     estimates = strategies_for(
         architecture, work, gpus=processes, gpu_bytes=gpu.memory_bytes, checkpointing=checkpointing
     )
+    chosen = estimator.hardware.choice(stage).estimate
+    if chosen is not None and all(one.strategy != chosen.strategy for one in estimates):
+        estimates.append(chosen)
     return Fitting(architecture, work, tuple(estimates))
 
 
@@ -170,6 +173,13 @@ def warnings_of_training(plan: TrainingPlan, dtype: str) -> Iterator[str]:
     if not plan.choice.fits:
         assumed = ", which is assumed" if plan.assumed else ""
         yield f"{plan.stage} does not fit its GPUs ({plan.gpu.name}{assumed}): see above"
+    rows = plan.load.rows
+    if rows is not None and plan.load.rows_a_step > rows:
+        yield (
+            f"{plan.stage}: a step has {plan.load.rows_a_step} rows, and there are {rows} to train "
+            f"on: lower {plan.stage}.gradient_accumulation or {plan.stage}.batch_size, or take "
+            "fewer GPUs"
+        )
     slow = {"bfloat16": "computes bfloat16 in float32", "auto": "is given float32 by dtype auto"}
     if plan.gpus and not plan.gpu.bfloat16 and dtype in slow:
         yield (

@@ -47,7 +47,8 @@ def about_memory() -> str:
     return (
         f"Memory: estimated; other: {CONTEXT / GIB:g} GiB for CUDA, {COMMUNICATION / GIB:g} GiB "
         f"for NCCL where there are several GPUs, {FRAGMENTATION:.0%} for fragmentation, and what "
-        "an evaluation needs beyond that. "
+        "an evaluation needs beyond that; loading: where it takes more than training, since every "
+        "GPU holds the base whole until it is sharded, and the peak is the larger of the two. "
         "Activations are those of the largest forward pass that batch_size and max_length allow."
     )
 

@@ -54,8 +54,14 @@ def _one_of_each(
                 continue
             if any(o["type"] in _OF_THE_RIGHT_TYPE for o in others):
                 continue  # the other branch was meant, and knows better
+            names = [o["ctx"]["expected"] for o in others if o["type"] == "literal_error"]
+            if names and problem is not next(
+                p for p, at in zip(problems, paths, strict=True)
+                if at == path and p["type"] == "literal_error"
+            ):  # fmt: skip
+                continue  # said with the first branch
             also = [_ALSO[o["type"]] for o in others if o["type"] in _ALSO]
-            expected = ", or ".join([problem["ctx"]["expected"], *also])
+            expected = ", or ".join([problem["ctx"]["expected"], *names, *also])
             yield {**problem, "ctx": {"expected": expected}}
         elif not (
             problem["type"] in _ALSO

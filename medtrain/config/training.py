@@ -140,14 +140,19 @@ class DPOConfig(TrainingConfig):
     @model_validator(mode="after")
     def _settings_fit_the_method(self) -> DPOConfig:
         """A setting without an effect would give a wrong impression of what was done."""
-        for name in sorted(self.unread):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"{name} is used by method: {' or '.join(_READ_BY[name])} only, and method is "
-                    f"{self.method}"
-                )
-        if self.label_smoothing and self.loss_type != "robust":
-            raise ValueError("label_smoothing is used by loss_type: robust only")
+        fields = type(self).model_fields
+        wrong = [
+            f"{name} is used by method: {' or '.join(_READ_BY[name])} only, and method is "
+            f"{self.method}"
+            for name in sorted(self.unread)
+            if getattr(self, name) != fields[name].default
+        ]
+        if not wrong and self.label_smoothing and self.loss_type != "robust":
+            wrong = ["label_smoothing is used by loss_type: robust only"]
+        if wrong:
+            raise ValueError(
+                "; ".join([*wrong, "leave them out" if len(wrong) > 1 else "leave it out"])
+            )
         return self
 
 

@@ -18,7 +18,7 @@ from medtrain.status.facts import Failure, GpuTime, StageStatus, State, gpu_json
 from medtrain.status.holder import living_holder
 from medtrain.status.sharded import sharded_progress
 from medtrain.status.table import StatusTable
-from medtrain.status.training import training_progress
+from medtrain.status.training import newest_checkpoint, training_progress
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,9 @@ def _stage_status(pipeline: Pipeline, stage: Stage, held: bool) -> StageStatus:
         state = standing.state
     status = StageStatus(stage.name, state, standing.why, failure=failure)
     if stage.trains and standing.state == "started":
-        return replace(status, amount=training_progress(run, stage.name))
+        saved = newest_checkpoint(run, stage.name) if state != "running" else 0
+        note = f"saved up to step {saved:,}" if saved else status.note
+        return replace(status, amount=training_progress(run, stage.name), note=note)
     return sharded_progress(run, config, stage, status) if stage.phases else status
 
 

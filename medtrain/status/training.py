@@ -44,6 +44,11 @@ def training_progress(run: Run, stage: str) -> Amount | None:
     return Amount(min(step, total), total, "steps", per_s=_rate(said))
 
 
+def newest_checkpoint(run: Run, stage: str) -> int:
+    """The step of the newest checkpoint with a manifest; 0 without one."""
+    return _newest_checkpoint(run.checkpoints(cast("Trained", stage)))[0]
+
+
 def last_checkpoint_at(run: Run, stage: str) -> float | None:
     """When the newest whole checkpoint was finished, seconds since the epoch."""
     times = [

@@ -19,7 +19,6 @@ from trl.trainer.utils import get_peak_flops_per_device
 from medtrain.config import RunConfig
 from medtrain.console import Console
 from medtrain.errors import (
-    ConfigError,
     DataError,
     MedtrainError,
     StoppedError,
@@ -31,6 +30,7 @@ from medtrain.run import Run, Trained
 from medtrain.train import checkpoints
 from medtrain.train.adapter import AdapterFacts, read_weights
 from medtrain.train.checkpoints import Checkpoint, Plan
+from medtrain.train.continuing import continues, difference
 from medtrain.train.going_on import GoingOn, NothingLeftError
 from medtrain.train.guard import LossGuard
 from medtrain.train.model import compute_dtype, out_of_memory
@@ -92,9 +92,15 @@ class Fit:
             found, refused = checkpoints.newest_whole(self.run.checkpoints(self.stage))
             for why in refused:
                 self.console.warn("checkpoint_refused", f"{self.stage}: {why}")
-            fits = found is not None and self._continues(found.plan)
-            self._clear_beyond(found if fits else None, stale=found is not None and not fits)
-            return found if fits else None
+            if found is None and refused:
+                self._say_anew("no checkpoint is whole")
+            elif found is not None and not continues(
+                self.run, self.stage, found.plan, self.plan, self.console
+            ):
+                self._say_anew(f"the checkpoints are of {difference(found.plan, self.plan)}")
+                found = None
+            self._clear_beyond(found)
+            return found
 
         return self._by_the_first(trainer, decide)
 
@@ -113,42 +119,6 @@ class Fit:
         if refused is not None:
             raise from_exit_code(*refused)
         return cast("_T", decided)
-
-    def _continues(self, then: Plan) -> bool:
-        """Whether training goes on from checkpoints of this plan; False where it is another one."""
-        now = self.plan
-        if now.strategy == "fsdp2":
-            raise ConfigError(
-                f"{self.stage} has checkpoints, and going on from them under fsdp2 is not possible",
-                fix=f"Use train.strategy=zero3, or begin anew: --force {self.stage}.",
-            )
-        if then == now:
-            return True
-        if (then.max_steps, then.steps_per_epoch, then.rows_a_step) == (
-            now.max_steps, now.steps_per_epoch, now.rows_a_step,
-        ):  # fmt: skip
-            if {then.strategy, now.strategy} == {"ddp"}:
-                self.console.event(
-                    "processes_changed",
-                    f"{self.stage}: going on with {now.processes} processes in place of "
-                    f"{then.processes}: the same rows in every step, other draws of dropout",
-                )
-                return True
-            raise ConfigError(
-                f"{self.stage} was begun by {then.processes} processes under {then.strategy}, and "
-                f"{now.processes} under {now.strategy} cannot read their optimiser state",
-                fix=f"Go on with train.strategy={then.strategy} and as many processes, or begin "
-                f"anew: --force {self.stage}.",
-            )
-        if then.processes != now.processes:
-            raise ConfigError(
-                f"{self.stage} was begun with {then.rows_a_step} rows a step on {then.processes} "
-                f"processes; {now.processes} make {now.rows_a_step}, which is another training",
-                fix=f"Set {self.stage}.batch_size and {self.stage}.gradient_accumulation so that "
-                f"their product with the processes is {then.rows_a_step}, or begin anew: "
-                f"--force {self.stage}.",
-            )
-        return False
 
     def train(self, trainer: Any, before: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
         """Train to the end and publish the adapter; returns figures for the receipt.
@@ -232,17 +202,17 @@ class Fit:
                 fix="Run the same command: it goes on from there.",
             )
 
-    def _clear_beyond(self, start: Checkpoint | None, *, stale: bool) -> None:
+    def _say_anew(self, why: str) -> None:
+        self.console.warn(
+            "checkpoints_ignored",
+            f"{self.stage}: {why}, so training begins anew; they lie in superseded/",
+        )
+
+    def _clear_beyond(self, start: Checkpoint | None) -> None:
         directory, metrics = self.run.checkpoints(self.stage), self.run.metrics(self.stage)
         if start is None:
             checkpoints.put_aside(directory, self.run.root / "superseded" / self.stage)
             metrics.unlink(missing_ok=True)
-            if stale:
-                self.console.warn(
-                    "checkpoints_ignored",
-                    f"{self.stage}: the checkpoints belong to another number of steps or of rows, "
-                    "so training begins anew; they lie in superseded/",
-                )
             return
         checkpoints.prune_beyond(directory, start.step)
         keep_metrics_until(metrics, start.step)

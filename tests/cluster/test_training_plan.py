@@ -71,6 +71,22 @@ def test_what_does_not_fit_is_said_and_checked() -> None:
     plan_of(config_of()).check()
 
 
+def test_a_step_of_more_rows_than_there_are_is_warned_of(scene: Scene) -> None:
+    finish_prepare(scene, rows=1000, tokens=300_000)
+    assert not any("a step has" in line for line in scene_plan(scene).warnings)
+    finish_prepare(scene, rows=4, tokens=1200)
+    assert any("rows, and there are 4 to train on" in line for line in scene_plan(scene).warnings)
+
+
+def test_the_row_that_is_chosen_is_shown() -> None:
+    plan = plan_of(config_of(train={"strategy": "zero3"}, cluster={"gpus": 1}))
+    for stage in plan.training:
+        assert stage.fitting is not None
+        shown = [one.strategy for one in stage.fitting.estimates]
+        assert stage.choice.strategy == "zero3"
+        assert "zero3" in shown
+
+
 @pytest.mark.parametrize("rows", [1, 4, 64])
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_what_a_row_of_the_table_shows_adds_up(rows: int, gpus: int) -> None:

@@ -197,6 +197,12 @@ def test_a_stop_that_was_asked_for_is_no_failure(scene: Scene) -> None:
     scene.fail("sft", StoppedError("sft was asked to stop and has, at step 3 of 10", fix="Again."))
     status = look(scene.run, scene.config)
     assert stage(status, "sft").state == "stopped"
+    assert stage(status, "sft").note == ""
+    marker = scene.run.checkpoints("sft") / "checkpoint-3" / "complete.json"
+    marker.parent.mkdir(parents=True)
+    marker.write_text(json.dumps({"step": 3, "plan": {"max_steps": 10}}))
+    status = look(scene.run, scene.config)
+    assert stage(status, "sft").note == "saved up to step 3"
     assert status.advice.problems == ()
     assert status.advice.happening == "Nothing runs: sft stopped before its end."
     assert status.next_command == f"medtrain run {scene.run.config}"

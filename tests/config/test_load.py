@@ -156,6 +156,12 @@ def test_a_number_that_may_be_a_word_is_one_problem(given: object, said: str) ->
     assert said in message
 
 
+def test_names_of_two_lists_are_one_problem() -> None:
+    message = problems_of(tree(train={"strategy": "zero4"}))
+    assert message.startswith("1 problem")
+    assert "'zero3-offload' or 'fsdp2', or 'auto'. Did you mean 'zero3'?" in message
+
+
 def test_a_value_that_may_be_two_things_is_one_problem() -> None:
     message = problems_of(
         tree(

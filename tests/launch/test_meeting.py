@@ -138,15 +138,21 @@ SUM = """
 import os, torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from medtrain.ending import Ending
 from medtrain.launch.worker import begin
+from medtrain.train.sharded import do_without_compiled_op
 
+ending = Ending.register()
 begin()
 strategy = os.environ["MEDTRAIN_STRATEGY"]
 backend = [InitProcessGroupKwargs(backend="gloo")]
+if strategy != "ddp":
+    do_without_compiled_op()
 accelerator = Accelerator(cpu=strategy == "ddp", kwargs_handlers=backend)
 total = torch.tensor(accelerator.process_index + 1.0)
 torch.distributed.all_reduce(total)
 print(f"{accelerator.distributed_type} {accelerator.process_index} of {accelerator.num_processes}: "
       f"{total.item()} {strategy} {os.environ['TORCHELASTIC_RUN_ID']}", flush=True)
 accelerator.end_training()
+ending.code = 0
 """

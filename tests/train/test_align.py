@@ -482,7 +482,11 @@ def test_rejection_without_a_best_answer_says_so(ready_for: Callable[..., Ready]
     ("dpo", "said"),
     [
         ({"method": "kto", "loss_type": "ipo"}, "loss_type is used by method: dpo only"),
-        ({"method": "orpo", "loss_type": "hinge"}, "and method is orpo"),
+        ({"method": "orpo", "loss_type": "hinge"}, "and method is orpo; leave it out"),
+        (
+            {"method": "kto", "loss_type": "ipo", "label_smoothing": 0.1},
+            "label_smoothing is used by method: dpo only, and method is kto; loss_type is used",
+        ),
         ({"method": "rejection", "beta": 0.2}, "beta is used by method: dpo or orpo or kto only"),
         ({"method": "kto", "label_smoothing": 0.1}, "label_smoothing is used by method: dpo"),
         ({"label_smoothing": 0.1}, "label_smoothing is used by loss_type: robust only"),

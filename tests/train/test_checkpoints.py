@@ -276,9 +276,9 @@ def rewritten(ready: Ready, plan: Plan) -> None:
 
 @pytest.mark.parametrize(
     ("plan", "reason"),
-    [(Plan(12, 6, 8, 2, "zero2"), "2 processes under zero2, and 1 under ddp cannot read"),
-     (Plan(12, 6, 8, 1, "zero3"), "1 processes under zero3, and 1 under ddp cannot read"),
-     (Plan(6, 3, 16, 2, "ddp"), "16 rows a step on 2 processes; 1 make 8")],
+    [(Plan(12, 6, 8, 2, "zero2"), "2 processes under zero2, and 1 process under ddp cannot read"),
+     (Plan(12, 6, 8, 1, "zero3"), "1 process under zero3, and 1 process under ddp cannot read"),
+     (Plan(6, 3, 16, 2, "ddp"), "16 rows a step by 2 processes; 1 process would make 8")],
 )  # fmt: skip
 def test_checkpoints_of_other_processes_are_refused_and_left_alone(
     copy_stopped: Callable[..., Ready], plan: Plan, reason: str
