@@ -147,9 +147,11 @@ def check_adapter(
         learnt: whether the model's own B is not zero any more, so that the file's must not be.
 
     Raises:
-        MedtrainError: a weight is missing, empty, of another shape or dtype, or no number; or every
-            B is zero.
+        MedtrainError: there is no such file; a weight is missing, empty, of another shape or dtype,
+            or no number; or every B is zero.
     """
+    if not (path / WEIGHTS_FILE).is_file():
+        raise _unsound(path, f"{WEIGHTS_FILE} was not written")
     weights = load_file(path / WEIGHTS_FILE)
     for name, shape in expected.items():
         if name not in weights:

@@ -163,6 +163,11 @@ def test_what_was_not_written_as_it_should_be_is_an_error(
         checkpoints.complete(path, step=1, finished=False, evaluated=True, plan=_PLAN)
 
 
+def test_an_adapter_that_was_not_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(MedtrainError, match=f"{WEIGHTS_FILE} was not written"):
+        checkpoints.check_adapter(tmp_path, {})
+
+
 # Going on from what is left
 
 
