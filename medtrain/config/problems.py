@@ -78,7 +78,8 @@ def _line(problem: dict[str, Any], root: type[BaseModel]) -> str:
     if kind == "extra_forbidden":
         valid = sorted({name for model in models for name in model.model_fields})
         key = str(location[-1])
-        return f"{path}: unknown key.{nearest(key, valid)} Valid here: {', '.join(valid)}"
+        near = nearest(key, valid) or _elsewhere(key, root)
+        return f"{path}: unknown key.{near} Valid here: {', '.join(valid)}"
     if kind == "missing":
         return f"{path}: this key is required"
     if kind == "literal_error":
@@ -96,6 +97,16 @@ def _line(problem: dict[str, Any], root: type[BaseModel]) -> str:
         return f"{path}: {context.get('error', problem['msg'])}" if path else str(context["error"])
     message = problem["msg"][:1].lower() + problem["msg"][1:]
     return f"{path}: {message}, not {_quote(problem['input'])}"
+
+
+def _elsewhere(key: str, root: type[BaseModel]) -> str:
+    """`" There is sft.packing."`, or nothing when no section has a key of this name."""
+    found = [
+        f"{section}.{key}"
+        for section, field in root.model_fields.items()
+        if any(key in model.model_fields for model in _models([field.annotation]))
+    ]
+    return f" There is {' and '.join(found)}." if found else ""
 
 
 def _unquote(expected: str) -> list[str]:

@@ -156,6 +156,11 @@ def test_a_number_that_may_be_a_word_is_one_problem(given: object, said: str) ->
     assert said in message
 
 
+def test_a_key_in_the_wrong_section_is_told_its_own() -> None:
+    message = problems_of(tree(train={"packing": True}))
+    assert "train.packing: unknown key. There is sft.packing and dpo.packing." in message
+
+
 def test_names_of_two_lists_are_one_problem() -> None:
     message = problems_of(tree(train={"strategy": "zero4"}))
     assert message.startswith("1 problem")
