@@ -246,12 +246,16 @@ class Bench:
 
     def estimated(self, stage: Trained, ours: Side) -> str:
         """medtrain's estimate of its own peak, for the largest forward pass that there was."""
+        import torch
+
         from medtrain.memory import estimate, work_of
 
         assert self._architecture is not None
         section = getattr(self.config, stage)
-        work = work_of(self.config, stage, self._architecture, auto_bytes=self._dtype.itemsize,
-                       device="cuda" if self._device.type == "cuda" else "cpu")  # fmt: skip
+        on_gpu = self._device.type == "cuda"
+        older = on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False)
+        work = work_of(self.config, stage, self._architecture, auto_bytes=4 if older else 2,
+                       device="cuda" if on_gpu else "cpu")  # fmt: skip
         work = replace(work, tokens=self._longest)
         expected = estimate(
             self._architecture, work, checkpointing=section.activation_checkpointing

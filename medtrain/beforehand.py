@@ -46,20 +46,26 @@ def check_packages(config: RunConfig) -> None:
         ConfigError: one is not installed here.
     """
     for tracker in config.train.trackers:
-        if find_spec(tracker) is None:
+        if not _is_installed(tracker):
             raise ConfigError(
                 f"train.trackers: {tracker} is not installed",
                 fix=f"pip install {tracker}, or leave it out: the run's logs/ have the metrics "
                 "anyway.",
             )
-    if config.model.attention.startswith("flash") and find_spec("flash_attn") is None:
+    if config.model.attention.startswith("flash") and not _is_installed("flash_attn"):
         raise ConfigError(
             f"model.attention={config.model.attention} needs the package flash-attn",
             fix="pip install flash-attn, or leave model.attention at auto: it is taken where it is "
             "installed.",
         )
-    if config.train.liger is True and find_spec("liger_kernel") is None:
+    if config.train.liger is True and not _is_installed("liger_kernel"):
         raise ConfigError(
             "train.liger=true needs the package liger-kernel",
             fix="pip install liger-kernel, or leave train.liger at auto.",
         )
+
+
+def _is_installed(package: str) -> bool:
+    """A directory of that name, such as W&B makes where it runs, is no package."""
+    found = find_spec(package)
+    return found is not None and found.loader is not None

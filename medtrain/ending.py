@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import os
 import sys
@@ -21,6 +22,7 @@ class Ending:
     """
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self.code = MedtrainError.exit_code
         """Of an end that nobody foresaw."""
 
@@ -32,8 +34,11 @@ class Ending:
         return ending
 
     def _leave(self) -> None:
+        if os.getpid() != self._process:
+            return  # a child that was forked ends in its own way
         logging.shutdown()  # imported, and so registered, before
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):  # closed, or nobody reads it
                 stream.flush()
+        ctypes.CDLL(None).fflush(None)  # what libraries have printed
         os._exit(self.code)

@@ -7,9 +7,10 @@ was killed starts again with what it left behind.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,7 +23,7 @@ from medtrain.endpoint import load_secrets
 from medtrain.errors import DataError, MedtrainError, as_medtrain_error
 from medtrain.files import write_json, write_text
 from medtrain.inputs import anchored, portable
-from medtrain.launch import check_launch, launch
+from medtrain.launch import IN_JOB_VARIABLE, check_launch, launch
 from medtrain.lineage import Fingerprint, Lineage, Standing, choose, flatten, versions
 from medtrain.run import Run
 from medtrain.selection import Selection
@@ -52,14 +53,13 @@ def run_stages(
     chosen = selection.stages()
     pipeline = Pipeline(run, config, console)
     load_secrets(config.cluster.secrets_file)
-    nearest = next(path for path in (run.root, *run.root.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        run.create()  # says why it cannot
+    check_place(run)
     # A command that is refused leaves the run, and its configuration, as they are.
     pipeline.check_before(chosen[0])
     undone = pipeline.undone(chosen)
     beforehand.check_key(config, undone)
-    if any(stage.trains and stage.name in undone for stage in chosen):
+    # A job keeps a refusal for whoever waits for it; `launch` sees to that.
+    if IN_JOB_VARIABLE not in os.environ and trains(chosen, undone):
         beforehand.check_packages(config)
         check_launch(config)
     run.create()
@@ -68,6 +68,22 @@ def run_stages(
             write_text(run.config, dump_config(anchored(config)))
         for stage in chosen:
             pipeline.bring(stage, force=stage.name in selection.force, drive=drive_of(stage))
+
+
+def check_place(run: Run) -> None:
+    """Refuse a run directory that cannot be one, before anything asks what is in it.
+
+    Raises:
+        ConfigError: something else is in its place.
+    """
+    nearest = next(path for path in (run.root, *run.root.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        run.create()  # says why it cannot
+
+
+def trains(chosen: Sequence[Stage], undone: Collection[str]) -> bool:
+    """Whether one of the stages that will run trains."""
+    return any(stage.trains and stage.name in undone for stage in chosen)
 
 
 class Pipeline:

@@ -62,6 +62,27 @@ def write_config(directory: Path, base: Path) -> Path:
     return path
 
 
+_OF_LAUNCHERS = ("ACCELERATE_", "FSDP_", "DS_", "MEDTRAIN_", "PET_", "TORCHELASTIC_")
+
+
+def accelerate(
+    file: Path, script: Path, *arguments: str | Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` of two processes on a CPU, as a person types it.
+
+    Training inside pytest's process leaves variables behind that would speak to the launcher.
+    """
+    surroundings = {k: v for k, v in os.environ.items() if not k.startswith(_OF_LAUNCHERS)}
+    surroundings |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+                     "ACCELERATE_TORCH_DEVICE": "cpu"}  # fmt: skip
+    launch = ["-m", "accelerate.commands.launch", f"--config_file={file}", "--num_processes=2"]
+    return subprocess.run(
+        [sys.executable, *launch, str(script), *map(str, arguments)],
+        env={**surroundings, **environment},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
 def medtrain(
     *arguments: str | Path, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:

@@ -41,6 +41,20 @@ def test_an_end_that_nobody_foresaw_is_no_success() -> None:
     assert run(REGISTER, "sys.exit(0)").returncode == 70
 
 
+def test_a_forked_child_ends_in_its_own_way() -> None:
+    program = """
+import os, sys
+from medtrain.ending import Ending
+ending = Ending.register()
+child = os.fork()
+if not child:
+    sys.exit(0)
+ending.code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) + 5
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
+    assert done.returncode == 5
+
+
 def test_a_reader_that_has_left_changes_no_code() -> None:
     read, write = os.pipe()
     os.close(read)

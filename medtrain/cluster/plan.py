@@ -172,7 +172,12 @@ def make_plan(run: Run, config: RunConfig, selection: Selection, config_name: st
         ConfigError: the selection is wrong.
         DataError: a file that the configuration names is not there.
     """
-    chosen = selection.stages()
+    chosen = [stage for stage in selection.stages() if stage.wanted(config)]
+    if not chosen:
+        raise ConfigError(
+            "None of the chosen stages is part of this run",
+            fix=f"dpo.method {config.dpo.method} may have no use for it; choose others.",
+        )
     known = table(run, config)
     state = {stage.name: standing.state for stage, standing, _ in known}
     estimator = Estimator(run, config, known)

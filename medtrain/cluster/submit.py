@@ -28,7 +28,7 @@ from medtrain.errors import ConfigError, DataError, TryAgainError
 from medtrain.files import write_text
 from medtrain.inputs import anchored
 from medtrain.lineage import flatten
-from medtrain.pipeline import Pipeline
+from medtrain.pipeline import Pipeline, check_place, trains
 from medtrain.run import Run
 from medtrain.selection import Selection
 from medtrain.stage import Stage
@@ -65,10 +65,13 @@ def submit_chain(run: Run, config: RunConfig, console: Console, selection: Selec
     run = Run(run.root.absolute())
     chosen = selection.stages()
     pipeline = Pipeline(run, config, console)
+    check_place(run)
     undone = pipeline.undone(chosen)
     check_key(config, undone, also=read_secrets(config.cluster.secrets_file))
-    its_own_packages = config.cluster.python or config.cluster.container
-    if not its_own_packages and any(stage.trains and stage.name in undone for stage in chosen):
+    cluster = config.cluster
+    # Jobs may have packages that this machine has not.
+    like_here = not (cluster.python or cluster.container or cluster.modules or cluster.setup)
+    if like_here and not cluster.activate and trains(chosen, undone):
         check_packages(config)
     run.create()
     _check_names(run)

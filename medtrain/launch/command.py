@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from medtrain.config import RunConfig
@@ -93,6 +94,10 @@ def environment(node: Node, meeting: Meeting) -> dict[str, str]:
     made |= _rendezvous(node.place)
     if meeting.strategy in DEEPSPEED and node.gpus == 0:
         made |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    elif meeting.strategy in DEEPSPEED:
+        # It compiles with ninja, which lies beside python where no environment is active.
+        python = str(Path(sys.executable).parent)
+        made["PATH"] = os.pathsep.join(filter(None, [python, kept.get("PATH")]))
     return {**kept, **made}
 
 

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import IO, Any, cast, get_args
 
+from medtrain.beforehand import check_packages
 from medtrain.config import RunConfig
 from medtrain.config.training import Strategy
 from medtrain.console import Console
@@ -22,7 +23,7 @@ from medtrain.errors import (
 from medtrain.files import read_json
 from medtrain.launch import devices
 from medtrain.launch.command import Node, command, environment
-from medtrain.launch.ended import error_of
+from medtrain.launch.ended import error_of, killed_by
 from medtrain.launch.meeting import Meeting, agreed
 from medtrain.launch.place import NodePlace
 from medtrain.launch.processes import Processes
@@ -68,6 +69,7 @@ def launch(run: Run, config: RunConfig, stage: str, console: Console) -> bool:
         # An error of an earlier try must not pass for this one's; a job sees to that itself.
         Lineage(run).forget_failure(stage)
     try:
+        check_packages(config)
         return _launch(run, config, cast("Trained", stage), console, place)
     except MedtrainError as error:
         if place.nodes > 1 or IN_JOB_VARIABLE in os.environ:
@@ -86,6 +88,8 @@ def _launch(
     def decide() -> Chosen:
         nonlocal chosen
         chosen = _begun(run, config, stage) or choose(config, stage, gpus=node.total if gpus else 0)
+        if chosen.strategy == "fsdp2":
+            _refuse_new_tokens(run)
         return chosen
 
     with agreed(run, stage, place, lambda: decide().strategy) as meeting:
@@ -95,6 +99,13 @@ def _launch(
             return False
         _run(run, config, stage, console, node, meeting)
     return True
+
+
+def _refuse_new_tokens(run: Run) -> None:
+    from medtrain.data.tokenizer import load_chat_tokenizer
+    from medtrain.train.fsdp import refuse_new_tokens
+
+    refuse_new_tokens(load_chat_tokenizer(run).new_token_ids)
 
 
 def _begun(run: Run, config: RunConfig, stage: Trained) -> Chosen | None:
@@ -169,6 +180,7 @@ def _error(run: Run, stage: str, code: int, log: Path, stopped: bool) -> Medtrai
     if failure is not None:
         return from_record(failure)
     again = f"`medtrain run {run.config}` goes on from the last checkpoint."
-    if stopped:
-        return StoppedError(f"{stage} was stopped before it had begun to train", fix=again)
-    return error_of(stage, code, log, again)
+    killed = killed_by(code, log)
+    if stopped and killed is None:
+        return StoppedError(f"{stage} was stopped before it could save", fix=again)
+    return error_of(stage, code, killed, log, again)

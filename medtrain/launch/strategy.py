@@ -98,7 +98,7 @@ def refuse(strategy: str, config: RunConfig, *, on_gpu: bool) -> None:
     if strategy in DEEPSPEED and find_spec("deepspeed") is None:
         raise ConfigError(
             f"train.strategy {strategy} needs DeepSpeed, which is not installed here",
-            fix="pip install 'deepspeed>=0.19', or set train.strategy=fsdp2.",
+            fix="pip install 'deepspeed>=0.19', or set train.strategy=ddp.",
         )
 
 

@@ -21,6 +21,11 @@ CHEAPEST_FIRST: tuple[Strategy, ...] = ("ddp", "zero2", "zero3", "zero3-offload"
 """What `auto` chooses from; one GPU has nobody to share with."""
 
 
+_NO_NEW_TOKENS = (
+    "fsdp2 cannot train the rows of the chat format's new tokens: set train.strategy=zero3 or auto"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """How a stage is to run, and why."""
@@ -58,6 +63,8 @@ def choose_strategy(
     wanted = (config.dpo if stage == "dpo" else config.sft).activation_checkpointing
     if gpus < 1 or gpu_bytes < 1 or architecture is None:
         return _unestimated(set_one, wanted, gpus)
+    if set_one == "fsdp2" and work_of(config, stage, architecture).new_rows:
+        return Choice("fsdp2", False, False, _NO_NEW_TOKENS)
     tried = tried_estimates(config, stage, gpus, architecture, auto_bytes)
     for one in tried:
         if one.peak <= gpu_bytes:

@@ -54,7 +54,8 @@ def work_of(
         config: the run's configuration.
         stage: `sft` or `dpo`.
         architecture: of the base.
-        auto_bytes: bytes of a number where `model.dtype` is `auto`: 4 on a GPU without bfloat16.
+        auto_bytes: bytes of a number where `model.dtype` is `auto`: 4 on a GPU without bfloat16,
+            whatever the dtype is; such a GPU is older than flash attention.
         device: whose kernels compute it.
     """
     section = config.dpo if stage == "dpo" else config.sft
@@ -70,7 +71,6 @@ def work_of(
         state_bytes=_state_bytes(config, section.optimizer, device),
         new_rows=config.model.chat_template == "chatml" and not architecture.knows_chatml,
         device=device,
-        # A GPU without bfloat16 is older than flash attention.
         repeats_groups=device == "cuda" and 4 in (dtype_bytes, auto_bytes),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from medtrain.errors import ConfigError
 from medtrain.train.adapter import trainable_parameters
 
 
-def refuse_new_tokens(new_token_ids: list[int]) -> None:
+def refuse_new_tokens(new_token_ids: Sequence[int]) -> None:
     """Refuse what fails in the first forward pass, before a base is loaded for it.
 
     Raises:

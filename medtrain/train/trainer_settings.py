@@ -210,7 +210,7 @@ def checkpoints_activations(run: Run, config: RunConfig, stage: Trained, plan: P
         gpus=plan.processes,
         gpu_bytes=torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
         architecture=architecture_of(config, built),
-        auto_bytes=compute_dtype(config).itemsize,
+        auto_bytes=2 if torch.cuda.is_bf16_supported(including_emulation=False) else 4,
     )
 
 

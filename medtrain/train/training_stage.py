@@ -75,7 +75,7 @@ def train(
     section = getattr(config, stage)
     chat = load_chat_tokenizer(run)
     if strategy_here() == "fsdp2":
-        refuse_new_tokens(list(chat.new_token_ids))
+        refuse_new_tokens(chat.new_token_ids)
     rows = method.rows(run, config, chat)
     tell_counts(rows.counts, stage, console)
     packed = packs(run, config, stage)

@@ -78,6 +78,20 @@ def test_a_step_of_more_rows_than_there_are_is_warned_of(scene: Scene) -> None:
     assert any("rows, and there are 4 to train on" in line for line in scene_plan(scene).warnings)
 
 
+def test_fsdp2_does_not_fit_where_tokens_are_new() -> None:
+    plan = plan_of(config_of(train={"strategy": "fsdp2"}, cluster={"gpus": 4}))
+    assert all("new tokens" in stage.choice.reason for stage in plan.training)
+    with pytest.raises(ConfigError, match="does not fit"):
+        plan.check()
+
+
+def test_a_stage_that_the_method_lacks_has_no_plan(tmp_path: Path) -> None:
+    done = medtrain("plan", ROOT / "configs" / "quickstart.yaml", "dpo.method=orpo",
+                    "--only", "reference", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 64
+    assert "None of the chosen stages is part of this run" in done.stderr
+
+
 def test_the_row_that_is_chosen_is_shown() -> None:
     plan = plan_of(config_of(train={"strategy": "zero3"}, cluster={"gpus": 1}))
     for stage in plan.training:

@@ -103,6 +103,7 @@ def test_deepspeed_on_a_cpu_is_told_so() -> None:
     on_cpu = environment(Node(NodePlace(), 2, 0), Meeting("zero3"))
     assert (on_cpu["ACCELERATE_TORCH_DEVICE"], on_cpu["DS_ACCELERATOR"]) == ("cpu", "cpu")
     on_gpu = environment(Node(NodePlace(), 2, 2), Meeting("zero3"))
+    assert on_gpu["PATH"].startswith(str(Path(sys.executable).parent)), "where ninja lies"
     assert not {"ACCELERATE_TORCH_DEVICE", "DS_ACCELERATOR"} & set(on_gpu)
 
 

@@ -89,6 +89,29 @@ def test_a_refusal_in_a_job_is_kept_for_the_job(run: Run, monkeypatch: pytest.Mo
     assert failure["exit_code"] == 64
 
 
+@pytest.mark.parametrize(
+    ("override", "code"), [("train.strategy=fsdp2", 64), ("train.processes=900", 78)]
+)
+def test_a_refusal_of_the_command_is_kept_for_the_job_too(
+    tmp_path: Path, base_dir: Path, override: str, code: int
+) -> None:
+    small = write_config(tmp_path, base_dir)
+    assert medtrain("prepare", small).returncode == 0
+    refused = medtrain("sft", small, override, MEDTRAIN_IN_JOB="1")
+    assert refused.returncode == code, refused.stderr
+    failure = Lineage(Run(tmp_path / "runs" / "small")).failure("sft")
+    assert failure is not None
+    assert failure["exit_code"] == code
+
+
+def test_a_crash_after_a_stop_was_asked_for_is_a_crash(run: Run, runs: Runs) -> None:
+    runs(
+        f"import os, signal; os.kill({os.getpid()}, signal.SIGUSR1); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert "SIGKILL" in failing(run).message
+
+
 def failing(run: Run) -> MedtrainError:
     with pytest.raises(MedtrainError) as caught:
         launch(run, config(processes=2), "sft", QUIET)
@@ -120,7 +143,7 @@ def test_a_child_that_died_without_a_word(run: Run, runs: Runs) -> None:
     Lineage(run).record_failure("sft", DataError("of an earlier try"))
     runs("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     error = failing(run)
-    assert error.message == "Process 0 of sft was ended by SIGKILL"
+    assert error.message == "sft: What trains or launched it was ended by SIGKILL"
     assert "memory ran out" in error.fix
     assert "sft.launch.log" in error.fix
 
@@ -137,7 +160,7 @@ def test_of_several_the_one_that_died_first_is_named(
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     monkeypatch.setattr(stage, "command", lambda *given: [*torchrun, str(tmp_path / "child.py")])
     error = failing(run)
-    assert error.message == "Process 1 of sft was ended by SIGABRT"
+    assert error.message == "sft: Process 1 was ended by SIGABRT"
     assert "memory" not in error.fix
 
 

@@ -94,8 +94,8 @@ def test_what_does_not_fit_says_what_to_change(
 
 
 def test_what_is_set_is_kept() -> None:
-    set_one = choice(80, train={"strategy": "fsdp2"})
-    assert (set_one.strategy, set_one.fits) == ("fsdp2", True)
+    set_one = choice(80, train={"strategy": "zero3"})
+    assert (set_one.strategy, set_one.fits) == ("zero3", True)
     too_small = choice(5, train={"strategy": "zero2"})
     assert (too_small.strategy, too_small.fits) == ("zero2", False)
     slow = choice(80, sft={"activation_checkpointing": True})

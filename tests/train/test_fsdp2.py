@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from medtrain.files import read_jsonl
 from medtrain.run import Run
 from medtrain.train.adapter import WEIGHTS_FILE
 from medtrain.train.fsdp import refuse_new_tokens
-from tests.small_run import medtrain, write_config
+from tests.small_run import accelerate, medtrain, write_config
 from tests.tiny import tiny_base
 
 FSDP2 = Path(__file__).parents[2] / "configs" / "accelerate" / "fsdp2.yaml"
@@ -70,13 +67,7 @@ def test_an_adapter_is_trained_on_a_sharded_base_and_saved_whole(
     assert done.returncode == 0, done.stderr
     run = Run(tmp_path / "small")
     (tmp_path / "child.py").write_text(_CHILD)
-    launch = ["-m", "accelerate.commands.launch", f"--config_file={FSDP2}", "--num_processes=2"]
-    done = subprocess.run(
-        [sys.executable, *launch, str(tmp_path / "child.py"), "sft", str(run.root)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-             "ACCELERATE_TORCH_DEVICE": "cpu"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = accelerate(FSDP2, tmp_path / "child.py", "sft", run.root)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "BASE 2 torch.bfloat16" in done.stdout, "half of it is in each process"
     # bfloat16 has three digits; what is summed, and the loss, have more.

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from medtrain.files import read_json, read_jsonl
 from medtrain.run import Run, Trained
 from medtrain.train.adapter import WEIGHTS_FILE
-from tests.small_run import medtrain, write_config
+from tests.small_run import accelerate, medtrain, write_config
 from tests.train.test_model import other_base
 
 STRATEGIES = ["ddp", "zero2", "zero3"]
@@ -175,22 +175,12 @@ def test_a_loss_that_is_no_number_in_one_process_is_left_out_by_all(
     """As a person launches it, under the strategy whose passes all must take part in."""
     run = copied(ready, tmp_path, without="sft")
     (tmp_path / "child.py").write_text(_SPOILT)
-    launch = ["-m", "accelerate.commands.launch", f"--config_file={ZERO3}", "--num_processes=2"]
-    surroundings = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-                    "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}  # fmt: skip
-    program = [str(tmp_path / "child.py"), *command(run, "sft")[2:]]
-
-    def launched(*overrides: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *launch, *program, *overrides],
-            env=surroundings, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-
-    result = launched("sft.max_bad_batches=0")
+    program = (ZERO3, tmp_path / "child.py", *command(run, "sft")[2:])
+    result = accelerate(*program, "sft.max_bad_batches=0", DS_ACCELERATOR="cpu")
     assert result.returncode == 1
     assert "no number in 1 batch of sft, up to step 4" in result.stderr
     assert last_step(run, "sft") == 3
-    result = launched("sft.max_bad_batches=1", "--force")
+    result = accelerate(*program, "sft.max_bad_batches=1", "--force", DS_ACCELERATOR="cpu")
     assert result.returncode == 0, result.stderr
     (undisturbed,) = [line["loss"] for line in learnt(Run(ready), "sft") if line["step"] == 3]
     found = {line["step"]: line["loss"] for line in learnt(run, "sft") if line["kind"] == "train"}
@@ -225,7 +215,9 @@ def test_one_process_goes_on_with_what_two_began_or_says_why_not(
     one = ("train.processes=1", "train.strategy=ddp")
     fewer_rows = train(run, "sft", *one)
     assert fewer_rows.returncode == 64
-    assert "4 rows a step on 2 processes; 1 make 2, which" in " ".join(fewer_rows.stderr.split())
+    assert "4 rows a step by 2 processes; 1 process would make 2, which" in " ".join(
+        fewer_rows.stderr.split()
+    )
     sharded = train(run, "sft", *both("zero2"))
     assert sharded.returncode == 64
     assert "cannot read their optimiser state" in " ".join(sharded.stderr.split())
