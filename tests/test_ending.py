@@ -17,8 +17,8 @@ class AbortsAtTheEnd:
         os.abort()  # as a thread of gloo does that needs an interpreter which is ending
 kept = AbortsAtTheEnd()
 atexit.register(print, "handler")
-threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
 print("said", end=" ")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
 {end}
 """
 REGISTER = "ending = Ending.register()"

@@ -68,7 +68,7 @@ def test_gpu_seconds_and_what_was_wasted(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_running_and_a_killed_attempt(tmp_path: Path) -> None:
-    process = start(tmp_path, 50, row_s=0.02)
+    process = start(tmp_path, 50, row_s=1.0)
     wait_for(lambda: shard_progress(tmp_path).open_attempts)
     (attempt,) = shard_progress(tmp_path).open_attempts
     assert attempt.alive

@@ -158,13 +158,21 @@ def test_several_writers_of_one_shard(tmp_path: Path) -> None:
 def test_a_killed_writer_beside_a_living_one_harms_nothing(tmp_path: Path) -> None:
     expected = run(tmp_path / "whole", requests(30))
     together = tmp_path / "together"
-    lives, dies = start(together, 30, row_s=0.02), start(together, 30, row_s=0.02)
-    while len(list(together.glob("shards/*/*/journal.jsonl"))) < 2:
-        time.sleep(0.01)
+    dies = start(together, 30, row_s=0.2)
+    wait_for_journals(together, 1)
+    lives = start(together, 30, row_s=0.05)
+    wait_for_journals(together, 2)
     os.kill(dies.pid, signal.SIGKILL)
     dies.wait()
     assert lives.wait() == 0
     assert (together / "collected.jsonl").read_bytes() == expected
+
+
+def wait_for_journals(directory: Path, count: int) -> None:
+    deadline = time.monotonic() + 100
+    while len(list(directory.glob("shards/*/*/journal.jsonl"))) < count:
+        assert time.monotonic() < deadline, "a writer has not begun"
+        time.sleep(0.01)
 
 
 def damage(victim: Path, how: str, share: float) -> None:

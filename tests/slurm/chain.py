@@ -28,7 +28,7 @@ from medtrain.run import Run
 from medtrain.shards import Unit
 from medtrain.stages import by_name
 from tests.judge.runs import make_run
-from tests.slurm.cluster import Cluster, QueuedJob
+from tests.slurm.cluster import PATIENCE_S, Cluster, QueuedJob
 from tests.small_run import medtrain
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ class Chain:
         """Whether a stage has its receipt."""
         return Lineage(self.run).receipt(stage) is not None
 
-    def wait_until(self, answer: Callable[[], T], what: str, seconds: float = 60) -> T:
+    def wait_until(self, answer: Callable[[], T], what: str, seconds: float = PATIENCE_S) -> T:
         """The first truthy answer; without one in time, raises with the run's own words."""
         deadline = time.monotonic() + seconds
         while not (found := answer()):
@@ -114,11 +114,11 @@ class Chain:
             time.sleep(0.1)
         return found
 
-    def wait_ended(self, seconds: float = 120) -> None:
+    def wait_ended(self, seconds: float = PATIENCE_S) -> None:
         """Until nothing of it is queued or runs any more."""
         self.wait_until(lambda: not self.queued(), "the chain ends", seconds)
 
-    def wait_done(self, stage: str = "pairs", seconds: float = 120) -> None:
+    def wait_done(self, stage: str = "pairs", seconds: float = PATIENCE_S) -> None:
         """Until a stage is done and nothing of the chain is left in the queue.
 
         Raises at once where the queue is empty and the stage is not done.

@@ -24,6 +24,9 @@ from typing import IO, NamedTuple, TypeVar
 SCRIPT = Path(__file__).parents[2] / "slurm" / "dev-cluster.sh"
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol")
 
+PATIENCE_S = 600.0
+"""How long to wait for what is sure to come, however slow the machine is."""
+
 T = TypeVar("T")
 
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.judge.endpoint import says, shown_answers
+from tests.slurm.cluster import PATIENCE_S
 
 ORDER = ("good", "fair", "bad")
-_NEVER_S = 120.0
+_NEVER_S = 900.0
 
 
 class _Server(ThreadingHTTPServer):
@@ -84,7 +85,7 @@ class JudgeServer:
         for event in held.values():
             event.set()
 
-    def clients(self, count: int, seconds: float = 60) -> dict[str, int]:
+    def clients(self, count: int, seconds: float = PATIENCE_S) -> dict[str, int]:
         """Row → process that waits for its answer, once `count` are held."""
         with self._changed:
             there = self._changed.wait_for(lambda: len(self._waiting) >= count, seconds)

@@ -15,7 +15,7 @@ import yaml
 from medtrain.lineage import Lineage
 from medtrain.run import Run
 from tests.slurm.chain import Chain, ready_to_judge, undisturbed
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import PATIENCE_S, Cluster
 from tests.small_run import medtrain, write_config
 
 pytestmark = pytest.mark.slurm
@@ -31,7 +31,7 @@ def sbatch(cluster: Cluster, place: Path, *arguments: str | Path) -> tuple[int, 
     place.mkdir(exist_ok=True)
     done = subprocess.run(
         ["sbatch", "--wait", *SMALL, f"--job-name=byhand-{place.name}", *map(str, arguments)],
-        env=environment, cwd=place, capture_output=True, text=True, check=False, timeout=200,
+        env=environment, cwd=place, capture_output=True, text=True, check=False, timeout=PATIENCE_S,
     )  # fmt: skip
     logs = sorted(place.glob("medtrain-*.log"), key=lambda path: path.stat().st_mtime)
     return done.returncode, done.stdout + done.stderr + "".join(p.read_text() for p in logs)

@@ -55,13 +55,13 @@ def pair(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Pair:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
             stop_training_after_its_first_checkpoint(chain, "sft")
             assert run.wait(600) == 0, run.stdout and run.stdout.read().decode()
-        chain.wait_done("report", 600)
+        chain.wait_done("report")
     return Pair(chain, Run(directory / "direct" / name))
 
 
 def stop_training_after_its_first_checkpoint(chain: Chain, stage: str) -> None:
     saved = chain.run.root / stage / "checkpoints"
-    chain.wait_until(lambda: any(saved.glob("*/complete.json")), f"{stage} saves", 180)
+    chain.wait_until(lambda: any(saved.glob("*/complete.json")), f"{stage} saves")
     chain.cluster.run("scancel", "--signal=USR1", "--batch", chain.job(stage))
 
 

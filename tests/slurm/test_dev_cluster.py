@@ -105,11 +105,12 @@ def test_the_job_of_a_crashed_node_runs_again(
 
 def test_jobs_outlive_the_controller(cluster: Cluster, tmp_path: Path) -> None:
     with cluster.exclusive():
-        sbatch(cluster, tmp_path, "sleep 2; echo done >> runs.txt")
+        sbatch(cluster, tmp_path, "until [ -e go ]; do sleep 0.1; done; echo done >> runs.txt")
         cluster.wait_until(
             lambda: [job.state for job in cluster.squeue(NAME)] == ["RUNNING"], 20, "the job runs"
         )
         cluster.stop_controller()
+        (tmp_path / "go").touch()
         cluster.wait_until(lambda: lines(tmp_path / "runs.txt") == ["done"], 20, "the job is done")
         cluster.start_controller()
 

@@ -40,7 +40,9 @@ def test_a_node_that_loses_power_costs_the_rows_in_flight(tmp_path, cluster, ser
         nodes = {job.nodes for job in chain.queued() if job.state == "RUNNING"}
         for node in nodes:
             cluster.crash(node)
-        assert not [p for p in held.values() if Path(f"/proc/{p}").exists()], "they are gone"
+        chain.wait_until(
+            lambda: not [p for p in held.values() if Path(f"/proc/{p}").exists()], "they are gone"
+        )
         server.release()
         chain.wait_done()
     assert chain.collected() == expected
@@ -55,7 +57,7 @@ def test_a_task_that_reaches_its_time_limit_goes_on_in_another(tmp_path, cluster
     server.hold(f"q{n}" for n in range(12, ROWS))
     chain.submit()
     held = server.clients(2)
-    chain.wait_until(lambda: chain.log_of(ARRAY).count("queued again") >= 2, "time is over", 150)
+    chain.wait_until(lambda: chain.log_of(ARRAY).count("queued again") >= 2, "time is over")
     server.release()
     chain.wait_done()
     assert chain.collected() == expected

@@ -56,7 +56,7 @@ def test_a_training_that_fails_ends_the_chain_with_its_exit_code_until_it_is_men
     rows.write_bytes(before)
     chain.type(said["command"])
     release(chain)
-    chain.wait_until(lambda: chain.is_done("sft"), "the training is done", 120)
+    chain.wait_until(lambda: chain.is_done("sft"), "the training is done")
 
 
 def release(chain: Chain) -> None:

@@ -15,7 +15,7 @@ import yaml
 
 from medtrain.lineage import Lineage
 from medtrain.run import Run
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import PATIENCE_S, Cluster
 from tests.small_run import medtrain, write_config
 
 pytestmark = pytest.mark.slurm
@@ -54,14 +54,18 @@ class Training:
         return any(job.job_id == self.job for job in self.cluster.squeue(self.name))
 
     def wait_step(self, step: int) -> None:
-        self.cluster.wait_until(lambda: self.step() >= step or not self._known(), 200, self.said())
+        self.cluster.wait_until(
+            lambda: self.step() >= step or not self._known(), PATIENCE_S, self.said()
+        )
         assert self._known(), f"the job ended at step {self.step()}:\n{self.said()}"
 
     def wait_state(self, *states: str) -> None:
-        self.cluster.wait_until(lambda: self.state() in states, 120, f"{states}\n{self.said()}")
+        self.cluster.wait_until(
+            lambda: self.state() in states, PATIENCE_S, f"{states}\n{self.said()}"
+        )
 
     def wait_done(self) -> None:
-        self.cluster.wait_until(lambda: not self._known(), 240, self.said())
+        self.cluster.wait_until(lambda: not self._known(), PATIENCE_S, self.said())
         assert Lineage(self.run).receipt("sft") is not None, self.said()
 
     def step(self) -> int:
@@ -75,6 +79,15 @@ class Training:
 
     def weights(self) -> bytes:
         return (self.run.adapter("sft") / WEIGHTS).read_bytes()
+
+    def begun_at(self, resumed: int) -> int:
+        """The step at which it began, or went on for the time that is meant, once it has."""
+        if not resumed:
+            return 0
+        self.cluster.wait_until(
+            lambda: len(self.resumed_at()) == resumed, PATIENCE_S, f"resumed\n{self.said()}"
+        )
+        return self.resumed_at()[-1]
 
     def resumed_at(self) -> list[int]:
         """The steps from which it went on."""
@@ -111,10 +124,11 @@ def test_preempted_twice_and_once_killed_with_its_node(
 
     with cluster.exclusive():
         disturbed.submit("--partition=scavenge", f"--nodelist={','.join(NODES)}")
-        for step in (12, 32):
-            disturbed.wait_step(step)
+        for already in (0, 1):
+            disturbed.wait_step(disturbed.begun_at(already) + 12)
             preempt(disturbed, cluster)
-        disturbed.wait_step(55)
+        # Beyond a checkpoint that was written since.
+        disturbed.wait_step(disturbed.begun_at(2) // 10 * 10 + 15)
         cluster.crash(NODES[1])
         disturbed.wait_state("PENDING", "CONFIGURING")
         cluster.boot(NODES[1])

@@ -18,7 +18,7 @@ from tests.slurm.cluster import Cluster
 pytestmark = pytest.mark.slurm
 
 NAME = "test-watch"
-SOON = 30.0
+SOON = 300.0
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_an_array_runs_as_far_as_it_may_and_the_rest_is_told_why(
     scene.start("generate")
     scene.compute("generate", "candidates", [])
     intent = scene.submitted("generate.candidates", ["generate"], tasks=4)
-    job = sbatch(cluster, scene, "sleep 60", "--array=0-3%2", f"--comment={intent.comment}")
+    job = sbatch(cluster, scene, "sleep 900", "--array=0-3%2", f"--comment={intent.comment}")
     note(scene, intent, job)
     board = Board(scene.run, scene.config)
 
@@ -89,7 +89,7 @@ def test_an_array_runs_as_far_as_it_may_and_the_rest_is_told_why(
 def test_a_job_is_adopted_by_its_comment(cluster: Cluster, scene: Scene) -> None:
     scene.finish_until("prepare")
     intent = scene.submitted("sft", ["sft"])
-    job = sbatch(cluster, scene, "sleep 60", f"--comment={intent.comment}")
+    job = sbatch(cluster, scene, "sleep 900", f"--comment={intent.comment}")
     board = Board(scene.run, scene.config)
     status = look_until(cluster, board, lambda s: stage(s, "sft").state == "running", "it runs")
     jobs = stage(status, "sft").jobs
@@ -144,7 +144,7 @@ def test_slurm_may_be_away_for_a_while(cluster: Cluster, scene: Scene) -> None:
     scene.finish_until("prepare")
     intent = scene.submitted("sft", ["sft"])
     with cluster.exclusive():
-        note(scene, intent, sbatch(cluster, scene, "sleep 60"))
+        note(scene, intent, sbatch(cluster, scene, "sleep 900"))
         board = Board(scene.run, scene.config, Slurm(timeout_s=3))
         look_until(cluster, board, lambda s: stage(s, "sft").state == "running", "it runs")
         cluster.stop_controller()
@@ -160,7 +160,7 @@ def test_slurm_may_be_away_for_a_while(cluster: Cluster, scene: Scene) -> None:
 
 def test_what_is_changed_in_slurm_is_changed(cluster: Cluster, scene: Scene) -> None:
     slurm = Slurm()
-    running = sbatch(cluster, scene, "sleep 60")
+    running = sbatch(cluster, scene, "sleep 900")
     waiting = sbatch(cluster, scene, "true", f"-dafterok:{running}")
     slurm.set_dependency(waiting, f"afternotok:{running}")
     assert f"afternotok:{running}" in cluster.run("squeue", "-h", "-j", waiting, "-o", "%E")

@@ -32,7 +32,9 @@ theirs = fsdp.whole_weights
 
 def whole_weights(model):
     weight = model.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight
-    print("BASE", weight.numel() // weight.to_local().numel(), weight.dtype)
+    here = weight.numel() // weight.to_local().numel()
+    # In one write, or the other process's words would come between.
+    print(f"BASE {here} {weight.dtype}\\n", end="", flush=True)
     return theirs(model)
 
 fsdp.whole_weights = whole_weights

@@ -139,7 +139,7 @@ def test_two_processes_learn_what_one_does_and_go_on_exactly(
     assert losses(undisturbed, stage) == pytest.approx(expected, rel=TOLERANCE)
 
     # SFT is told to stop, and saves; DPO is killed, and goes on from its last checkpoint.
-    number, after = (signal.SIGUSR1, 4) if stage == "sft" else (signal.SIGKILL, 5)
+    number, after = (signal.SIGUSR1, 2) if stage == "sft" else (signal.SIGKILL, 3)
     disturbed = copied(ready, tmp_path / "disturbed", without=stage)
     code = disturb(disturbed, stage, strategy, number, after)
     assert code == (75 if stage == "sft" else -signal.SIGKILL)
