@@ -29,7 +29,7 @@ def killed_by(code: int, log: Path) -> Killed | None:
         log: what it and the processes wrote to stderr.
     """
     if code < 0:
-        return Killed("What trains or launched it", -code)
+        return Killed("The only process or the launcher", -code)
     with log.open("rb") as said:
         said.seek(max(0, log.stat().st_size - _SUMMARY_BYTES))
         found = _FIRST.search(said.read().decode(errors="replace"))
@@ -48,4 +48,4 @@ def error_of(stage: str, code: int, killed: Killed | None, log: Path, again: str
             f"train in fewer processes. {where}"
         )
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    return MedtrainError(f"{stage}: {killed.who} was ended by {name}", fix=where)
+    return MedtrainError(f"{killed.who} of {stage} was ended by {name}", fix=where)

@@ -143,7 +143,7 @@ def test_a_child_that_died_without_a_word(run: Run, runs: Runs) -> None:
     Lineage(run).record_failure("sft", DataError("of an earlier try"))
     runs("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     error = failing(run)
-    assert error.message == "sft: What trains or launched it was ended by SIGKILL"
+    assert error.message == "The only process or the launcher of sft was ended by SIGKILL"
     assert "memory ran out" in error.fix
     assert "sft.launch.log" in error.fix
 
@@ -160,7 +160,7 @@ def test_of_several_the_one_that_died_first_is_named(
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     monkeypatch.setattr(stage, "command", lambda *given: [*torchrun, str(tmp_path / "child.py")])
     error = failing(run)
-    assert error.message == "sft: Process 1 was ended by SIGABRT"
+    assert error.message == "Process 1 of sft was ended by SIGABRT"
     assert "memory" not in error.fix
 
 
