@@ -8,6 +8,18 @@ from importlib.util import find_spec
 from medtrain.config import RunConfig
 from medtrain.endpoint import key_from_environment
 from medtrain.errors import ConfigError
+from medtrain.run import Run
+
+
+def check_place(run: Run) -> None:
+    """Refuse a run directory that cannot be one, before anything asks what is in it.
+
+    Raises:
+        ConfigError: something else is in its place.
+    """
+    nearest = next(path for path in (run.root, *run.root.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        run.create()  # says why it cannot
 
 
 def check_key(config: RunConfig, undone: Collection[str], also: Collection[str] = ()) -> None:

@@ -28,7 +28,7 @@ from medtrain.lineage import Fingerprint, Lineage, Standing, choose, flatten, ve
 from medtrain.run import Run
 from medtrain.selection import Selection
 from medtrain.shards import CollectOnly, Drive, UnsoundShardError, run_here
-from medtrain.stage import Stage
+from medtrain.stage import Stage, summary
 
 _PEER_WAIT_S = 120.0
 
@@ -53,13 +53,13 @@ def run_stages(
     chosen = selection.stages()
     pipeline = Pipeline(run, config, console)
     load_secrets(config.cluster.secrets_file)
-    check_place(run)
+    beforehand.check_place(run)
     # A command that is refused leaves the run, and its configuration, as they are.
     pipeline.check_before(chosen[0])
-    undone = pipeline.undone(chosen)
-    beforehand.check_key(config, undone)
+    undone = pipeline.undone(chosen, selection.force)
+    beforehand.check_key(config, {stage.name for stage in undone})
     # A job keeps a refusal for whoever waits for it; `launch` sees to that.
-    if IN_JOB_VARIABLE not in os.environ and trains(chosen, undone):
+    if IN_JOB_VARIABLE not in os.environ and any(stage.trains for stage in undone):
         beforehand.check_packages(config)
         check_launch(config)
     run.create()
@@ -68,22 +68,6 @@ def run_stages(
             write_text(run.config, dump_config(anchored(config)))
         for stage in chosen:
             pipeline.bring(stage, force=stage.name in selection.force, drive=drive_of(stage))
-
-
-def check_place(run: Run) -> None:
-    """Refuse a run directory that cannot be one, before anything asks what is in it.
-
-    Raises:
-        ConfigError: something else is in its place.
-    """
-    nearest = next(path for path in (run.root, *run.root.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        run.create()  # says why it cannot
-
-
-def trains(chosen: Sequence[Stage], undone: Collection[str]) -> bool:
-    """Whether one of the stages that will run trains."""
-    return any(stage.trains and stage.name in undone for stage in chosen)
 
 
 class Pipeline:
@@ -142,9 +126,9 @@ class Pipeline:
         if self.standing(first).state != "done":
             self.fingerprint(first)  # raises where an input is not there
 
-    def undone(self, chosen: Sequence[Stage]) -> set[str]:
-        """Names of the stages that are to be run, or run again."""
-        return {stage.name for stage in chosen if self.standing(stage).state != "done"}
+    def undone(self, chosen: Sequence[Stage], force: Collection[str] = ()) -> list[Stage]:
+        """The stages that are to be run, or run again."""
+        return [s for s in chosen if s.name in force or self.standing(s).state != "done"]
 
     def begin(self, stage: Stage) -> bool:
         """Mark a sharded stage as begun, before its shards are computed elsewhere.
@@ -296,22 +280,6 @@ def write_manifest(run: Run, config: RunConfig) -> None:
         run.manifest,
         {"name": run.name, "seed": config.seed, "versions": versions(), "stages": receipts},
     )
-
-
-def summary(counts: Mapping[str, Any]) -> str:
-    """The first few figures of a receipt, for one line, and whatever failed."""
-    figures = {
-        key: value
-        for key, value in counts.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-    first = list(figures)[:3]
-    shown = [key for key in figures if key in first or ("failed" in key and figures[key])]
-    return ", ".join(f"{key.replace('_', ' ')} {_short(figures[key])}" for key in shown)
-
-
-def _short(value: float) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
 
 
 def table(run: Run, config: RunConfig) -> Sequence[tuple[Stage, Standing, dict[str, Any] | None]]:

@@ -96,3 +96,19 @@ class Stage:
     def active_phases(self, config: RunConfig) -> list[PhaseRow]:
         """Those that have something to do under a configuration."""
         return [phase for phase in self.phases if phase.tasks(config)]
+
+
+def summary(counts: Mapping[str, Any]) -> str:
+    """The first few figures of a receipt, for one line, and whatever failed."""
+    figures = {
+        key: value
+        for key, value in counts.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    first = list(figures)[:3]
+    shown = [key for key in figures if key in first or ("failed" in key and figures[key])]
+    return ", ".join(f"{key.replace('_', ' ')} {_short(figures[key])}" for key in shown)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"

@@ -71,6 +71,15 @@ def test_a_training_that_cannot_begin_here_is_refused_before_anything_is_done(
     assert not (tmp_path / "runs").exists(), "the run is as it was"
 
 
+def test_a_forced_training_that_cannot_begin_here_costs_nothing(config: Path) -> None:
+    run = Run(config.parent / "runs" / "small")
+    before = run.config.read_bytes()
+    result = medtrain("run", run.root, "--only", "sft", "--force", "sft", "train.strategy=fsdp2")
+    refused(result, 64, "fsdp2 needs GPUs")
+    assert run.config.read_bytes() == before
+    assert finished_stages(config) == UNTIL_PAIRS
+
+
 UNTIL_PAIRS = ["prepare", "sft", "merge-sft", "generate", "judge", "pairs"]
 
 

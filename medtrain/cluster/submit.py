@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medtrain.beforehand import check_key, check_packages
+from medtrain.beforehand import check_key, check_packages, check_place
 from medtrain.cluster.chain import ChainJob, plan_chain, steps_of
 from medtrain.cluster.dispatch import DEFAULT_MAX_ARRAY_SIZE, Dispatcher, Script
 from medtrain.cluster.intents import settle_all
@@ -28,7 +28,7 @@ from medtrain.errors import ConfigError, DataError, TryAgainError
 from medtrain.files import write_text
 from medtrain.inputs import anchored
 from medtrain.lineage import flatten
-from medtrain.pipeline import Pipeline, check_place, trains
+from medtrain.pipeline import Pipeline
 from medtrain.run import Run
 from medtrain.selection import Selection
 from medtrain.stage import Stage
@@ -66,12 +66,14 @@ def submit_chain(run: Run, config: RunConfig, console: Console, selection: Selec
     chosen = selection.stages()
     pipeline = Pipeline(run, config, console)
     check_place(run)
-    undone = pipeline.undone(chosen)
-    check_key(config, undone, also=read_secrets(config.cluster.secrets_file))
+    undone = pipeline.undone(chosen, selection.force)
+    check_key(
+        config, {stage.name for stage in undone}, also=read_secrets(config.cluster.secrets_file)
+    )
     cluster = config.cluster
     # Jobs may have packages that this machine has not.
     like_here = not (cluster.python or cluster.container or cluster.modules or cluster.setup)
-    if like_here and not cluster.activate and trains(chosen, undone):
+    if like_here and not cluster.activate and any(stage.trains for stage in undone):
         check_packages(config)
     run.create()
     _check_names(run)

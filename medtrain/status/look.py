@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from medtrain.config import RunConfig
 from medtrain.console import Console
-from medtrain.pipeline import Pipeline, summary
+from medtrain.pipeline import Pipeline
 from medtrain.run import Run
-from medtrain.stage import Stage
+from medtrain.stage import Stage, summary
 from medtrain.stages import needed_before, stages_of
 from medtrain.status.advice import Advice, advise
 from medtrain.status.facts import Failure, GpuTime, StageStatus, State, gpu_json
