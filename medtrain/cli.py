@@ -216,12 +216,14 @@ def _run_stages(
     workers: int | None = None,
 ) -> None:
     from medtrain.console import Console, quiet_libraries
+    from medtrain.kernel_cache import keep_compiled_kernels
     from medtrain.launch import IN_JOB_VARIABLE
     from medtrain.pipeline import run_stages
 
     loaded, a_run = load(config, overrides)
     selection.stages()
     quiet_libraries()
+    keep_compiled_kernels()
     if a_run.submissions.is_dir() and not os.environ.get(IN_JOB_VARIABLE):
         from medtrain.cluster.submit import refuse_while_queued
 

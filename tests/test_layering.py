@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "medtrain"
 
 LAYERS = [
-    {"errors", "environment"},
+    {"errors", "environment", "kernel_cache"},
     {"files", "locks", "ending"},
     {"console", "config", "run", "endpoint"},
     {"digests", "memory", "beforehand", "gpus"},

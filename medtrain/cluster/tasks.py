@@ -26,6 +26,7 @@ from medtrain.console import Console, quiet_libraries, show_error
 from medtrain.endpoint import load_secrets
 from medtrain.errors import DEBUG_VARIABLE, as_medtrain_error
 from medtrain.files import write_json
+from medtrain.kernel_cache import keep_compiled_kernels
 from medtrain.run import Run
 from medtrain.shards import attempt_units
 
@@ -127,6 +128,7 @@ class ChainTask(_Task):
 def open_run(run: Run) -> tuple[RunConfig, Console]:
     """What every job begins with."""
     quiet_libraries()
+    keep_compiled_kernels()
     config = load_config(run.config)
     load_secrets(config.cluster.secrets_file)
     return config, Console(run.log)
