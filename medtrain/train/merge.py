@@ -26,7 +26,7 @@ from medtrain.data.tokenizer import load_chat_tokenizer
 from medtrain.errors import DataError, MedtrainError
 from medtrain.files import sha256_file
 from medtrain.run import Run, Trained
-from medtrain.train.adapter import WEIGHTS_FILE, read_weights
+from medtrain.train.adapter import WEIGHTS_FILE, attach_adapter, read_weights
 from medtrain.train.divergence import (
     Divergence,
     choose_references,
@@ -34,7 +34,7 @@ from medtrain.train.divergence import (
     record_trained,
 )
 from medtrain.train.merged_files import make_durable, write_model, write_record
-from medtrain.train.model import attach_adapter, compute_dtype, load_base, load_merged
+from medtrain.train.model import compute_dtype, load_base, load_merged
 
 if TYPE_CHECKING:
     from medtrain.data.chat import ChatTokenizer

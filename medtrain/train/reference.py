@@ -226,8 +226,9 @@ class _Reference:
         self._scorer: AnswerScorer | None = None
 
     def load(self) -> AnswerScorer:
+        from medtrain.train.adapter import attach_adapter
         from medtrain.train.log_probs import AnswerScorer
-        from medtrain.train.model import attach_adapter, compute_dtype, load_base, packs
+        from medtrain.train.model import compute_dtype, load_base, packs
 
         if self._scorer is None:
             run, config = self._run, self._config
