@@ -205,7 +205,7 @@ class Bench:
         from medtrain.train.adapter import add_adapter, trainable_parameters
         from medtrain.train.packed import attention_for
 
-        attention = attention_for(self.config.model.attention, self._dtype, packed=packed)
+        attention = attention_for(self.config.model.attention, packed=packed)
         base = random_llama(self._shape, dtype=self._dtype, device=self._device,
                             attention=attention)  # fmt: skip
         chat: Any = SimpleNamespace(new_token_ids=())

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "environment", "kernel_cache"},
     {"files", "locks", "ending"},
     {"console", "config", "run", "endpoint"},
-    {"digests", "memory", "beforehand", "gpus"},
+    {"attention", "digests", "memory", "beforehand", "gpus"},
     {"lineage", "quickstart"},
     {"data", "shards"},
     {"train"},
@@ -85,3 +85,26 @@ def test_help_imports_no_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "HEAVY []" in result.stdout, result.stdout + result.stderr
+
+
+def test_answering_with_a_merged_model_imports_nothing_of_training(tmp_path: Path) -> None:
+    """On a cold disk PEFT and bitsandbytes take longer than a small model's answers."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from medtrain.console import Console\n"
+        "from medtrain.generate.stage import generate\n"
+        "from tests.generate.models import config_for, write_run\n"
+        "from tests.tiny import tiny_base\n"
+        "root = Path(sys.argv[1])\n"
+        "run = write_run(root / 'run', tiny_base(root / 'base'), 2)\n"
+        "generate(run, config_for(root, max_new_tokens=2), Console(quiet=True))\n"
+        "assert run.candidates.stat().st_size\n"
+        "import medtrain.evaluate.stage, medtrain.judge.stage, medtrain.judge.chat_model\n"
+        "print(sorted({'peft', 'bitsandbytes', 'trl', 'datasets'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True,
+        cwd=PACKAGE.parent,
+    )  # fmt: skip
+    assert result.stdout.endswith("\n[]\n"), result.stdout + result.stderr

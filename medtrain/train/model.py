@@ -15,17 +15,18 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from medtrain.attention.families import why_not_packed
+from medtrain.attention.kernels import leave_cudnn_out
 from medtrain.config import RunConfig
 from medtrain.data.base import resolve_base
 from medtrain.errors import BadNodeError, ConfigError, DataError, EndpointError, MedtrainError
 from medtrain.run import Run, Trained
-from medtrain.train.adapter import attach_adapter
-from medtrain.train.packed import attention_for, why_not_packed
+from medtrain.train.packed import attention_for
 
 if TYPE_CHECKING:
     from medtrain.data.chat import ChatTokenizer
 
-__all__ = ["attach_adapter", "compute_dtype", "load_base", "load_merged", "packs"]
+__all__ = ["compute_dtype", "load_base", "load_merged", "packs"]
 
 NEW_ROW_SPREAD = 0.05
 """How far a new row lies from the mean row, in standard deviations of the old rows."""
@@ -77,9 +78,10 @@ def load_base(
         revision=config.model.revision,
         quantization=_nf4(config, dtype) if quantized else None,
         device=device,
-        attention=attention_for(config.model.attention, dtype, packed=packed),
+        attention=attention_for(config.model.attention, packed=packed),
     )
-    _keep_weights_as_they_are(model)
+    if quantized:
+        _keep_weights_as_they_are(model)
     _grow(model, chat)
     _name_control_tokens(model, chat)
     return model.eval()
@@ -96,7 +98,7 @@ def packs(run: Run, config: RunConfig, stage: Trained) -> bool:
     if wanted is False or (wanted == "auto" and config.model.attention == "eager"):
         return False
     shape = _architecture(resolve_base(run, config), config)
-    why = why_not_packed(shape, section.max_length)
+    why = why_not_packed(shape)
     if why is not None and wanted is True:
         raise ConfigError(
             f"{stage}.packing is not possible: {why}",
@@ -123,7 +125,7 @@ def load_merged(
 ) -> Any:
     """A plain model directory or hub id in evaluation mode, nothing grown, nothing quantised."""
     dtype = dtype or compute_dtype(config)
-    attention = attention_for(config.model.attention, dtype, packed=False)
+    attention = attention_for(config.model.attention, packed=False)
     return _load(str(path), config, dtype, device=device, attention=attention).eval()
 
 
@@ -166,6 +168,7 @@ def _load(
     attention: str | None = None,
 ) -> Any:
     """from_pretrained, with its many ways to fail turned into ours."""
+    leave_cudnn_out()
     local = Path(name).is_dir()
     arguments: dict[str, Any] = {
         "dtype": dtype,

@@ -14,26 +14,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    StableLmConfig,
+)
 from trl.trainer.utils import add_fused_lm_head
 
+from medtrain.attention.families import FAMILIES, why_not_packed
+from medtrain.attention.packed import PACKED_ATTENTION, window_of
 from medtrain.config import parse_config
-from medtrain.errors import ConfigError
-from medtrain.train import packed as attention
+from medtrain.errors import ConfigError, MedtrainError
 from medtrain.train.loader import preference_batch, supervised_batch
 from medtrain.train.model import packs
-from medtrain.train.packed import (
-    PACKED_ATTENTION,
-    PackedForward,
-    attention_for,
-    select_supervised,
-    why_not_packed,
-)
+from medtrain.train.packed import PackedForward, attention_for, select_supervised
 from medtrain.train.rows import IGNORED
 from tests.train.conftest import MakeRun, Ready
 from tests.train.training import losses, train
 
-_VOCAB, _PAD, _WINDOW = 96, 0, 40
+_VOCAB, _PAD, _WINDOW = 96, 0, 24
+_PACKED = PACKED_ATTENTION["auto"]
 _SIZES = {"vocab_size": _VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
           "num_attention_heads": 4, "max_position_embeddings": 128}  # fmt: skip
 _MODELS: dict[str, Callable[[], Any]] = {
@@ -66,7 +69,7 @@ def plain_model(kind: str) -> Any:
 @cache
 def packed_model(kind: str) -> Any:
     """The same weights as they are trained."""
-    model = AutoModelForCausalLM.from_config(_MODELS[kind](), attn_implementation=PACKED_ATTENTION)
+    model = AutoModelForCausalLM.from_config(_MODELS[kind](), attn_implementation=_PACKED)
     model = _with_adapter(model)
     model.load_state_dict(plain_model(kind).state_dict())
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
@@ -115,7 +118,7 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-LENGTHS = st.lists(st.integers(2, _WINDOW), min_size=1, max_size=5)
+LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=5)
 
 
 @_ALL
@@ -151,18 +154,6 @@ def test_gradients_are_those_of_the_rows_alone(kind: str) -> None:
         for name, gradient in expected.items():
             assert gradient.any()
             torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-4)
-
-
-def test_keys_that_are_repeated_for_their_queries_change_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As on GPUs without a kernel for fewer keys than queries."""
-    query, key, value = (torch.randn(1, heads, 50, 8) for heads in (6, 2, 2))
-    given = (torch.nn.Identity(), query, key, value, None, (20, 30))
-    shared, _ = attention._packed_attention(*given)
-    monkeypatch.setattr(attention, "_takes_groups", lambda query: False)
-    repeated, _ = attention._packed_attention(*given)
-    torch.testing.assert_close(repeated, shared)
 
 
 @_ALL
@@ -235,62 +226,107 @@ def test_a_first_token_is_predicted_from_nothing() -> None:
 # Which models are packed
 
 
+@cache
+def of_family(family: str, implementation: str) -> Any:
+    """A small model with random weights; families with an attention window have a short one."""
+    sizes = {**_SIZES, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    config = AutoConfig.for_model(family, **sizes)
+    if hasattr(config, "sliding_window"):
+        config = AutoConfig.for_model(
+            family, **sizes, sliding_window=_WINDOW, use_sliding_window=True, max_window_layers=0
+        )
+        assert window_of(config) == _WINDOW
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    return _with_adapter(model).eval()
+
+
+def packed_family(family: str) -> Any:
+    model = of_family(family, _PACKED)
+    if not hasattr(model, "prepared"):
+        add_fused_lm_head(model.get_base_model())
+        select_supervised(model.get_base_model().base_model)
+        model.prepared = True
+    return model
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_on_the_list_keeps_rows_apart(family: str) -> None:
+    """Rows longer than the attention window too, and in gradients."""
+    rows = rows_of([30, 3, 40, 2, 8])
+    model, plain = packed_family(family), of_family(family, "sdpa")
+    expected = [alone(plain, row) for row in rows]
+    found = forward(model, rows, packed=True).log_probs
+    for place, each in enumerate(expected):
+        torch.testing.assert_close(found[place, : len(each)], each, atol=1e-5, rtol=1e-5)
+    ours, theirs = gradients(model, found.sum()), gradients(plain, torch.cat(expected).sum())
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, atol=2e-4, rtol=1e-3)
+
+
+def test_a_model_that_loses_the_borders_is_an_error() -> None:
+    """StableLM's layers hand no keyword arguments on to their attention."""
+    config = StableLmConfig(**_SIZES, num_key_value_heads=2)
+    model = _with_adapter(AutoModelForCausalLM.from_config(config, attn_implementation=_PACKED))
+    add_fused_lm_head(model.get_base_model())
+    with pytest.raises(MedtrainError, match="StableLmAttention was given packed rows without"):
+        forward(model, rows_of([12, 20]), packed=True)
+    # Padded, it is as right as ever.
+    padded = forward(model.eval(), rows_of([12, 20]), packed=False)
+    assert padded.log_probs.isfinite().all()
+
+
 @pytest.mark.parametrize(
-    ("config", "max_length", "reason"),
+    ("config", "reason"),
     [
-        (LlamaConfig(), 4096, None),
-        (MistralConfig(sliding_window=64), 64, None),
-        (MistralConfig(sliding_window=64), 65, "beyond the model's attention window of 64"),
-        (MistralConfig(sliding_window=None), 4096, None),
-        (Qwen2Config(sliding_window=64, use_sliding_window=False), 4096, None),
-        (Qwen2Config(sliding_window=64, use_sliding_window=True), 4096, "window of 64"),
-        (SimpleNamespace(model_type="mamba"), 8, "mamba is not known to keep rows apart"),
+        (LlamaConfig(), None),
+        (MistralConfig(sliding_window=64), None),
+        (Qwen2Config(sliding_window=64, use_sliding_window=True), None),
+        (LlamaConfig(attention_dropout=0.1), "its attention drops out"),
+        (StableLmConfig(), "stablelm is not known to keep rows apart"),
+        (SimpleNamespace(model_type="mamba"), "mamba is not known to keep rows apart"),
     ],
 )
-def test_a_model_that_cannot_keep_rows_apart_is_told(
-    config: Any, max_length: int, reason: str | None
-) -> None:
-    why = why_not_packed(config, max_length)
+def test_a_model_that_cannot_keep_rows_apart_is_told(config: Any, reason: str | None) -> None:
+    why = why_not_packed(config)
     assert why == reason or (reason is not None and why is not None and reason in why)
 
 
 def test_attention_is_chosen_for_what_is_computed() -> None:
-    assert attention_for("auto", torch.float32, packed=False) is None
-    assert attention_for("eager", torch.float32, packed=False) == "eager"
-    assert attention_for("auto", torch.float32, packed=True) == PACKED_ATTENTION
-    assert attention_for("sdpa", torch.bfloat16, packed=True) == PACKED_ATTENTION
-    assert attention_for("flash_attention_2", torch.bfloat16, packed=True) == "flash_attention_2"
+    assert attention_for("auto", packed=False) is None
+    assert attention_for("eager", packed=False) == "eager"
+    assert attention_for("auto", packed=True) == "medtrain_packed"
+    assert attention_for("sdpa", packed=True) == "medtrain_packed_sdpa"
+    assert attention_for("flash_attention_2", packed=True) == "medtrain_packed_flash"
 
 
 @pytest.fixture
-def short_window(make_run: MakeRun, base_dir: Path, tmp_path: Path) -> Callable[..., Ready]:
-    """A run whose base sees 64 tokens back, and whose rows may have 128."""
+def dropping_out(make_run: MakeRun, base_dir: Path, tmp_path: Path) -> Callable[..., Ready]:
+    """A run whose base drops some of its attention."""
     base = tmp_path / "mistral"
     shutil.copytree(base_dir, base)
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, sliding_window=64,
+        num_attention_heads=4, num_key_value_heads=2, attention_dropout=0.1,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     return lambda **sft: make_run(base=base, sft={"max_steps": 2, **sft})
 
 
 def test_what_cannot_be_packed_is_refused_where_it_was_asked_for(
-    short_window: Callable[..., Ready],
+    dropping_out: Callable[..., Ready],
 ) -> None:
-    ready = short_window(packing=True)
-    with pytest.raises(ConfigError, match=r"sft\.packing is not possible: rows of 128") as caught:
+    ready = dropping_out(packing=True)
+    with pytest.raises(ConfigError, match=r"sft\.packing is not possible: its attention") as caught:
         train(ready, "sft")
     assert "sft.packing=auto" in caught.value.fix
 
 
-def test_what_cannot_be_packed_is_padded_otherwise(short_window: Callable[..., Ready]) -> None:
-    ready = short_window()
+def test_what_cannot_be_packed_is_padded_otherwise(dropping_out: Callable[..., Ready]) -> None:
+    ready = dropping_out()
     assert not packs(ready.run, ready.config, "sft")
     assert train(ready, "sft")["steps"] == 2
-    packed = short_window(max_length=64)
-    assert packs(packed.run, packed.config, "sft")
 
 
 @pytest.mark.parametrize(
