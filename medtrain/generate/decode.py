@@ -9,7 +9,6 @@ continuous batching (whose composition depends on timing) is not.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from medtrain.errors import MedtrainError
 from medtrain.generate.cache import buffered_cache, keep_rows
 from medtrain.generate.draw import NOT_A_NUMBER, draw
 from medtrain.generate.engine import Finish
+from medtrain.generate.forward import Forward
 from medtrain.generate.sampling import Sampling, uniforms
 
 SHRINK_AT = 0.25
@@ -79,7 +79,7 @@ def decode(
     Raises:
         MedtrainError: the model's output is not a number.
     """
-    batch = _Batch(model, prompts, vocabulary.pad)
+    batch = Batch(model, prompts, vocabulary.pad)
     batch.keep([i for i, samples in enumerate(rows) for _ in samples])
     live = [row for samples in rows for row in samples]
     steps = max(row.max_tokens for row in live)
@@ -88,7 +88,7 @@ def decode(
         tokens = draw(batch.logits[:, : vocabulary.size], numbers[:, step], sampling)
         for row, token in zip(live, tokens.tolist(), strict=True):
             if token == NOT_A_NUMBER and row.finish is None:
-                raise _not_a_number(model)
+                raise not_a_number(model)
             row.take(token, vocabulary.stop)
         going = [i for i, row in enumerate(live) if row.finish is None]
         if not going:
@@ -105,17 +105,15 @@ def _numbers(row: Row, steps: int, sampling: Sampling) -> Tensor:
     return torch.from_numpy(uniforms(row.seed, steps))
 
 
-class _Batch:
+class Batch:
     """The model's state for the rows that are being decoded."""
 
     logits: Tensor
     """(rows, vocabulary), of each row's next token."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad: int) -> None:
-        self._model, self._device = model, model.device
-        accepted = inspect.signature(model.forward).parameters
-        self._positions = "position_ids" in accepted
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        """Run the prompts, padded on the left."""
+        self._forward, self._device = Forward(model), model.device
         self._cache = buffered_cache(model.config)
         tokens, self._mask = _pad_left(prompts, pad, self._device)  # (prompts, longest)
         positions = (self._mask.cumsum(dim=-1) - 1).clamp(min=0)
@@ -137,16 +135,7 @@ class _Batch:
         self._next_position = self._next_position + 1
 
     def _run(self, tokens: Tensor, positions: Tensor) -> None:
-        where = {"position_ids": positions} if self._positions else {}
-        output = self._model(
-            input_ids=tokens,
-            attention_mask=self._mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            **where,
-            **self._options,
-        )
-        self.logits = output.logits[:, -1]
+        self.logits = self._forward(tokens, positions, self._mask, self._cache)
 
 
 def _pad_left(
@@ -162,7 +151,8 @@ def _pad_left(
     return tokens.to(device), mask.to(device)
 
 
-def _not_a_number(model: Any) -> MedtrainError:
+def not_a_number(model: Any) -> MedtrainError:
+    """What to raise where logits are NaN."""
     return MedtrainError(
         f"The model's output is not a number (dtype {model.dtype})",
         fix="Its weights are damaged, or too large for float16: train and merge again with "

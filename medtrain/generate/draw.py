@@ -23,21 +23,35 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
 
     Args:
         logits: (rows, vocabulary), any floating dtype; computed with in float32.
-        uniform: (rows,), float64 in [0, 1), on the CPU; not looked at when greedy.
+        uniform: (rows,), float64 in [0, 1); not looked at when greedy.
         sampling: temperature, top-k, top-p.
 
     Returns:
         (rows,) token ids, int64, on the CPU; NOT_A_NUMBER where a row has NaN or no finite logit.
+    """
+    # Sums are in float64, which Apple's GPUs do not have.
+    logits = logits.cpu() if logits.device.type == "mps" else logits
+    return choose(logits, uniform.to(logits.device), sampling).cpu()
+
+
+def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """`draw` that stays on the logits' device; on a GPU the host waits for nothing.
+
+    Args:
+        logits: (rows, vocabulary), any floating dtype; computed with in float32.
+        uniform: (rows,), float64 in [0, 1), on the same device.
+        sampling: temperature, top-k, top-p.
+
+    Returns:
+        (rows,) token ids, int64; NOT_A_NUMBER where a row has NaN or no finite logit.
     """
     logits = logits.float()
     best = logits.max(dim=-1).values  # (rows,); NaN if any logit is
     if sampling.greedy:
         tokens = _lowest_where(logits == best[:, None])
     else:
-        # Sums below are in float64, which Apple's GPUs do not have.
-        logits = logits.cpu() if logits.device.type == "mps" else logits
-        tokens = _sample(logits, uniform.to(logits.device), sampling)
-    return torch.where(torch.isfinite(best).to(tokens.device), tokens, NOT_A_NUMBER).cpu()
+        tokens = _sample(logits, uniform, sampling)
+    return torch.where(torch.isfinite(best), tokens, NOT_A_NUMBER)
 
 
 def _lowest_where(mask: Tensor) -> Tensor:
@@ -73,8 +87,9 @@ def _probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 def most_likely(logits: Tensor, count: int) -> Tensor:
     """The ids of each row's `count` largest logits, largest first, equal ones by ascending id.
 
-    Logits in 16 bits are often equal, and which of equal values `topk` returns is left open. Its
-    choice is taken where no value outside equals the smallest inside, and ordered anew.
+    Logits in 16 bits are often equal, and which of equal values `topk` returns is left open. On a
+    CPU its choice is taken where no value outside equals the smallest inside, and ordered anew. On
+    a GPU that look would make the host wait, and keys that are never equal are sorted out at once.
 
     Args:
         logits: (rows, vocabulary), float32, no NaN.
@@ -83,25 +98,41 @@ def most_likely(logits: Tensor, count: int) -> Tensor:
     Returns:
         (rows, count) int64.
     """
-    vocabulary = logits.shape[-1]
-    if count < vocabulary:
+    if logits.device.type != "cpu":
+        return largest_keys(logits, count)
+    if count < logits.shape[-1]:
         values, ids = logits.topk(count, dim=-1)
         if bool(((logits >= values[:, -1:]).sum(dim=-1) == count).all()):
-            return _ranked(values, ids)
-    everything = torch.arange(vocabulary, device=logits.device).expand_as(logits)
-    return _ranked(logits, everything)[:, :count]
+            return _ids(_keys(values, ids).sort(dim=-1, descending=True).values)
+    return largest_keys(logits, count)
 
 
-def _ranked(values: Tensor, ids: Tensor) -> Tensor:
-    """The ids by descending value, equal ones ascending; both arguments are (rows, candidates).
+def largest_keys(logits: Tensor, count: int) -> Tensor:
+    """`most_likely` by keys over the whole vocabulary: no look at a value, whatever is equal."""
+    vocabulary = logits.shape[-1]
+    keys = _keys(logits, torch.arange(vocabulary, device=logits.device))
+    if count < vocabulary and logits.device.type != "cpu":
+        return _ids(keys.topk(count, dim=-1).values)
+    return _ids(keys.sort(dim=-1, descending=True).values[:, :count])
+
+
+def _keys(values: Tensor, ids: Tensor) -> Tensor:
+    """An int64 that sorts by descending value and, of equal ones, by ascending id.
 
     The bits of a float, read as an integer with the negative half turned round, sort as the float
     does; with the id in the lower half no two keys are equal, so every algorithm gives one result.
+
+    Args:
+        values: (rows, candidates), float32.
+        ids: (candidates,) or (rows, candidates), int64, below 2 ** 32.
     """
     bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0 in its bits too
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    keys = (ordered << 32) | (0xFFFFFFFF - ids)
-    return 0xFFFFFFFF - (keys.sort(dim=-1, descending=True).values & 0xFFFFFFFF)
+    return (ordered << 32) | (0xFFFFFFFF - ids)
+
+
+def _ids(keys: Tensor) -> Tensor:
+    return 0xFFFFFFFF - (keys & 0xFFFFFFFF)
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
