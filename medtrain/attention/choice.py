@@ -69,6 +69,8 @@ def choose(facts: Facts, wanted: Wanted = "auto") -> list[Choice]:
         facts: device, precision and shape.
         wanted: `sdpa` leaves flash-attn out, `flash_attention_2` leaves out everything else.
     """
+    if facts.capability is None:
+        return [] if wanted == "flash_attention_2" else [Choice("rows", "no GPU")]
     found: list[Choice] = []
     against: list[str] = []
     for kernel in KERNELS:
@@ -83,24 +85,17 @@ def choose(facts: Facts, wanted: Wanted = "auto") -> list[Choice]:
 def _why_not(kernel: Kernel, facts: Facts, wanted: Wanted) -> str | None:
     if (kernel == "flash") != (wanted == "flash_attention_2") and wanted != "auto":
         return f"model.attention is {wanted}"
-    if kernel == "rows":
+    if kernel in ("nested", "rows"):
         return None
-    if facts.capability is None:
-        return "it needs a GPU"
-    if kernel == "nested":
-        return None
-    return _why_no_flash(kernel, facts, facts.capability)
-
-
-def _why_no_flash(kernel: Kernel, facts: Facts, capability: tuple[int, int]) -> str | None:
+    assert facts.capability is not None
     if kernel == "flash" and not facts.flash_attn:
         return "flash-attn is not installed"
     if kernel == "varlen" and facts.torch < _VARLEN_SINCE:
         return f"PyTorch {facts.torch[0]}.{facts.torch[1]} has none"
     if facts.bytes_each != 2:
         return "it computes in 16 bits only"
-    if capability < _AMPERE:
-        return f"a GPU of compute capability {capability[0]}.{capability[1]} is too old"
+    if facts.capability < _AMPERE:
+        return "a GPU of compute capability {}.{} is too old".format(*facts.capability)
     if facts.head_dim > _LARGEST_HEAD or facts.head_dim % 8:
         return f"it takes no heads of {facts.head_dim} elements"
     return None

@@ -1,16 +1,16 @@
 """Held-out loss: cross entropy on the reference answers, in nats a supervised token.
 
-examples → tokens and loss masks of the chat format → shards → batches of similar length, as large
-as the vocabulary allows → nats of every row → one file.
+examples → tokens and loss masks of the chat format → shards → passes of a bounded number of tokens,
+packed as in training (medtrain.train.log_probs) → nats of every row → one file.
 The mean is over tokens, not over rows, so a long answer counts for its length. Losses of models are
 comparable only over the same tokens; `same_tokens` finds out.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +23,12 @@ from medtrain.shards import Request
 
 if TYPE_CHECKING:
     from medtrain.data.chat import ChatTokenizer, Encoded
+    from medtrain.train.log_probs import AnswerScorer, Row
 
-_LOGITS_BYTES = 1 << 29
 MAX_ROWS = 32
 """Of a batch."""
-_FLOAT32_BYTES = 4
+_SCORER = "_medtrain_scorer"
+"""The attribute of a model that keeps what was made of it for scoring."""
 
 
 @dataclass(frozen=True)
@@ -118,77 +119,44 @@ def loss_requests(examples: Sequence[Example], encoded: Sequence[Encoded]) -> li
 
 
 def measure_losses(
-    load: Callable[[], Any], batches: Iterable[Sequence[Request]]
+    load: Callable[[], Any], batches: Iterable[Sequence[Request]], attention: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run the model over reference answers; yields (row id, nats, tokens, whether it was cut).
 
-    A batch of the plan is cut further by the rows' lengths and the vocabulary alone, so the figures
-    do not move with a setting.
+    A batch of the plan is cut further by the rows' lengths alone, so the figures do not move with a
+    setting.
+
+    Args:
+        load: gives the model, which somebody else may use between batches.
+        batches: of reference answers.
+        attention: `model.attention`.
     """
+    from medtrain.train.log_probs import Row
+
     # Before the first batch is taken: a death while loading is not the fault of its rows.
     model = load()
-    for rows in batches:
+    for batch in batches:
         context = context_length(model)
-        lengths = [int(min(len(row.payload["tokens"]), context)) for row in rows]
-        for batch in _batches(lengths, model.config.get_text_config().vocab_size):
-            cut = [rows[i].payload["tokens"][: lengths[i]] for i in batch]
-            masks = [rows[i].payload["mask"][: lengths[i]] for i in batch]
-            for i, row in zip(batch, _row_losses(model, cut, masks), strict=True):
-                was_cut = len(rows[i].payload["tokens"]) > context
-                yield rows[i].id, {"nats": row.nats, "tokens": row.tokens, "cut": was_cut}
+        ends = [int(min(len(one.payload["tokens"]), context)) for one in batch]
+        rows = [
+            Row(one.payload["tokens"][:end], one.payload["mask"][:end])
+            for one, end in zip(batch, ends, strict=True)
+        ]
+        for one, row, nats in zip(batch, rows, _log_probs(model, rows, attention), strict=True):
+            tokens = sum(map(bool, row.scored[1:]))
+            cut = len(one.payload["tokens"]) > context
+            yield one.id, {"nats": -nats if tokens else 0.0, "tokens": tokens, "cut": cut}
 
 
-def _batches(lengths: Sequence[int], vocab_size: int) -> Iterator[list[int]]:
-    """Positions of rows of similar length whose padded logits stay within bounds."""
-    max_tokens = _LOGITS_BYTES // (_FLOAT32_BYTES * vocab_size)
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        # The row at hand is the longest so far: all rows of its batch are padded to it.
-        if batch and ((len(batch) + 1) * lengths[i] > max_tokens or len(batch) == MAX_ROWS):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+def _log_probs(model: Any, rows: Sequence[Row], attention: str) -> list[float]:
+    """The log-probability of each row's scored tokens, packed where the model allows it."""
+    from medtrain.attention.families import why_not_packed
+    from medtrain.train import log_probs
+    from medtrain.train.packed import computing_packed
 
-
-def _row_losses(
-    model: Any, input_ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]
-) -> Iterator[RowLoss]:
-    import torch
-
-    longest = max(map(len, input_ids))
-    tokens = torch.zeros(len(input_ids), longest, dtype=torch.long)  # (batch, tokens)
-    present = torch.zeros_like(tokens)
-    for row, ids in enumerate(input_ids):
-        tokens[row, : len(ids)] = torch.tensor(ids)
-        present[row, : len(ids)] = 1
-    first = max(0, min(_first_supervised(mask) for mask in masks) - 1)
-    # Logits of prompts are never looked at; most models can leave them out.
-    keep = (
-        {"logits_to_keep": longest - first}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters
-        else {}
-    )
-    with torch.inference_mode():
-        logits = model(
-            input_ids=tokens.to(model.device),
-            attention_mask=present.to(model.device),
-            use_cache=False,
-            **keep,
-        ).logits  # (batch, tokens kept, vocabulary)
-    skipped = longest - logits.shape[1]
-    for row, (ids, mask) in enumerate(zip(input_ids, masks, strict=True)):
-        # The first token is predicted by nothing.
-        targets = [t for t in range(1, len(ids)) if mask[t]]
-        if not targets:
-            yield RowLoss(0.0, 0)
-            continue
-        predicted = logits[row, [t - 1 - skipped for t in targets]].float()  # (targets, vocabulary)
-        wanted = tokens[row, targets].to(predicted.device)
-        nats = torch.nn.functional.cross_entropy(predicted, wanted, reduction="none")
-        yield RowLoss(math.fsum(nats.tolist()), len(targets))
-
-
-def _first_supervised(mask: Sequence[int]) -> int:
-    return next((i for i, supervised in enumerate(mask) if supervised), len(mask))
+    packed = attention != "eager" and why_not_packed(model.config) is None
+    if not hasattr(model, _SCORER):
+        setattr(model, _SCORER, log_probs.AnswerScorer(model, model.dtype, packed=packed))
+    scorer: AnswerScorer = getattr(model, _SCORER)
+    with computing_packed(model, attention) if packed else nullcontext():
+        return scorer.sums(rows)

@@ -1,9 +1,10 @@
 """What a model makes of answers: the log-probability of each, in nats.
 
-(prompt, answer) rows of one batch → forward passes of a bounded number of tokens, packed without
+rows of tokens, some of them scored → forward passes of a bounded number of tokens, packed without
 padding where the model can (medtrain.train.packed), else of similar length → TRL's fused output
-layer, which never holds the logits of a pass → float64 sums. It is the arithmetic of TRL's DPO
-losses, so that a policy that has learnt nothing yet agrees with its reference.
+layer, which never holds the logits of a pass → float64 sums. It is the arithmetic of training, so
+that a policy that has learnt nothing yet agrees with its reference, and a held-out loss is what a
+loss in training would be.
 """
 
 from __future__ import annotations
@@ -25,15 +26,22 @@ _PADDING = 0
 
 
 class Row(NamedTuple):
-    """An answer in its place."""
+    """Tokens, and which of them are scored."""
 
-    prompt_ids: Sequence[int]
-    answer_ids: Sequence[int]
+    input_ids: Sequence[int]
+    scored: Sequence[bool | int]
+    """A mark for every token; the first one's does not count, since nothing predicts it."""
+
+    @classmethod
+    def answering(cls, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Row:
+        """An answer in its place; a prompt has a token at least."""
+        marks = [0] * len(prompt_ids) + [1] * len(answer_ids)
+        return cls([*prompt_ids, *answer_ids], marks)
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and answer."""
-        return len(self.prompt_ids) + len(self.answer_ids)
+        """Tokens."""
+        return len(self.input_ids)
 
 
 class AnswerScorer:
@@ -53,12 +61,13 @@ class AnswerScorer:
         self._model, self._dtype, self._packed = causal, dtype, packed
 
     def sums(self, rows: Sequence[Row]) -> list[float]:
-        """The log-probability of each row's answer given its prompt, in nats; 0 for no answer.
+        """The log-probability of each row's scored tokens, each given those before it, in nats; 0
+        for a row without any.
 
-        How rows are put together depends on their lengths alone. A prompt has a token at least.
+        How rows are put together depends on their lengths alone.
         """
         found = [0.0] * len(rows)
-        scored = [i for i, row in enumerate(rows) if row.answer_ids]
+        scored = [i for i, row in enumerate(rows) if any(row.scored[1:])]
         for places in passes([rows[i].length for i in scored], padded=not self._packed):
             taken = [scored[place] for place in places]
             for i, nats in zip(taken, self._pass([rows[i] for i in taken]), strict=True):
@@ -109,13 +118,15 @@ def passes(lengths: Sequence[int], *, padded: bool) -> Iterator[list[int]]:
 
 
 def _padded(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids, where there are tokens, and the answers' as labels; all (rows, length)."""
+    """Token ids, where there are tokens, and the scored ones' as labels; all (rows, length)."""
     longest = max(row.length for row in rows)
     tokens = torch.full((len(rows), longest), _PADDING, dtype=torch.long)
     present = torch.zeros_like(tokens)
     labels = torch.full_like(tokens, IGNORED)
     for place, row in enumerate(rows):
-        tokens[place, : row.length] = torch.tensor([*row.prompt_ids, *row.answer_ids])
+        ids = torch.tensor(row.input_ids)
+        tokens[place, : row.length] = ids
         present[place, : row.length] = 1
-        labels[place, len(row.prompt_ids) : row.length] = torch.tensor(row.answer_ids)
+        marks = torch.tensor(row.scored, dtype=torch.bool)
+        labels[place, : row.length] = ids.masked_fill(~marks, IGNORED)
     return tokens, present, labels

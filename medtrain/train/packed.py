@@ -8,10 +8,12 @@ each row at positions of its own and attending to itself alone (medtrain.attenti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from trl.trainer import utils as head
 
 from medtrain.attention.packed import PACKED_ATTENTION, borders_of
 
@@ -26,6 +28,22 @@ def attention_for(wanted: str, *, packed: bool) -> str | None:
     if not packed:
         return None if wanted == "auto" else wanted
     return {str(name): implementation for name, implementation in PACKED_ATTENTION.items()}[wanted]
+
+
+@contextmanager
+def computing_packed(model: Any, wanted: str) -> Iterator[None]:
+    """Let a model that was loaded for other work keep rows apart for a while.
+
+    Args:
+        model: of a family that can.
+        wanted: `model.attention`.
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation(attention_for(wanted, packed=True))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def pack(attention_mask: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
@@ -79,15 +97,16 @@ class PackedForward:
         if packed is None:
             return self._model(**inputs)
         rows, length = inputs["input_ids"].shape
-        outputs = self._model(
-            input_ids=inputs["input_ids"].flatten()[packed["flat"]][None],
-            position_ids=packed["position_ids"],
-            shift_labels=packed["scored"],
-            supervised=packed["supervised"],
-            use_cache=False,
-            fused_lm_head=True,
-            **borders_of(packed),
-        )
+        with _every_position_scored():
+            outputs = self._model(
+                input_ids=inputs["input_ids"].flatten()[packed["flat"]][None],
+                position_ids=packed["position_ids"],
+                shift_labels=packed["scored"],
+                supervised=packed["supervised"],
+                use_cache=False,
+                fused_lm_head=True,
+                **borders_of(packed),
+            )
         for name in _PER_TOKEN:
             values = getattr(outputs, name)
             if values is not None:
@@ -98,6 +117,21 @@ class PackedForward:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+
+@contextmanager
+def _every_position_scored() -> Iterator[None]:
+    """Keep TRL's head from looking for the positions with labels on a GPU, for which the host would
+    wait: all that it gets have one, but for the only position of a batch without loss."""
+    chooses = getattr(head, "_use_triton", None)
+    if chooses is None:
+        yield
+        return
+    head._use_triton = lambda device: False  # its kernels ask in a module of their own
+    try:
+        yield
+    finally:
+        head._use_triton = chooses
 
 
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")

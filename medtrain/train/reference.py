@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medtrain.config import RunConfig
+from medtrain.config.lora_path import why_not_fused
 from medtrain.console import Console
 from medtrain.data.base import resolve_base
 from medtrain.data.examples import read_preferences
@@ -126,7 +127,7 @@ def score_pairs(
     scorer = load()
     for pairs in batches:
         rows = [
-            Row(pair.payload["prompt"], pair.payload[side])
+            Row.answering(pair.payload["prompt"], pair.payload[side])
             for pair in pairs
             for side in ("chosen", "rejected")
         ]
@@ -196,6 +197,7 @@ def _settings(run: Run, config: RunConfig, chat: ChatTokenizer) -> dict[str, Any
         "dtype": model.dtype,
         "attention": model.attention,
         "packed": packs(run, config, "dpo"),
+        "fused_lora": why_not_fused(config, config.train.strategy) is None,
     }
 
 
@@ -227,6 +229,7 @@ class _Reference:
 
     def load(self) -> AnswerScorer:
         from medtrain.train.adapter import attach_adapter
+        from medtrain.train.fused_lora import fuse_where_it_fits
         from medtrain.train.log_probs import AnswerScorer
         from medtrain.train.model import compute_dtype, load_base, packs
 
@@ -235,6 +238,7 @@ class _Reference:
             nf4, packed = config.model.quantization == "nf4", packs(run, config, "dpo")
             base = load_base(run, config, self._chat, quantized=nf4, packed=packed)
             adapted = attach_adapter(base, run.adapter("sft"))
+            fuse_where_it_fits(adapted, config, config.train.strategy)
             self._scorer = AnswerScorer(adapted, compute_dtype(config), packed=packed)
         return self._scorer
 

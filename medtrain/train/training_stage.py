@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from medtrain.attention.told import tell_attention
 from medtrain.config import RunConfig
 from medtrain.console import Console
 from medtrain.data.tokenizer import load_chat_tokenizer
 from medtrain.run import Run, Trained
 from medtrain.train.adapter import add_adapter, attach_adapter, read_weights
 from medtrain.train.checkpoints import Plan
+from medtrain.train.evaluating import Fed
 from medtrain.train.fit import Fit
 from medtrain.train.fsdp import refuse_new_tokens
+from medtrain.train.fused_lora import fuse_where_it_fits, tell_lora
 from medtrain.train.model import load_base, packs
 from medtrain.train.rows import Rows, tell_counts
 from medtrain.train.sharded import do_without_compiled_op
-from medtrain.train.step import Fed
 from medtrain.train.trainer_settings import Fields, make_plan, strategy_here, trainer_settings
 
 if TYPE_CHECKING:
@@ -86,11 +88,13 @@ def train(
         base = load_base(
             run, config, chat, quantized=config.model.quantization == "nf4", packed=packed
         )
+        tell_attention(base, stage, console, packed=packed)
         if stage == "sft":
             model, before = add_adapter(base, config.sft.lora, chat, seed=config.seed), None
         else:
             start = run.adapter("sft")
             model, before = attach_adapter(base, start, trainable=True), read_weights(start)
+        tell_lora(fuse_where_it_fits(model, config, plan.strategy), stage, console)
         if plan.strategy.startswith("zero") and not torch.cuda.is_available():
             do_without_compiled_op()
         validated = rows.validation is not None

@@ -24,7 +24,7 @@ _H100 = Facts((9, 0), bytes_each=2, head_dim=128, torch=(2, 13), flash_attn=Fals
         ({"capability": (7, 0)}, "nested", "a GPU of compute capability 7.0 is too old"),
         ({"head_dim": 512}, "nested", "it takes no heads of 512 elements"),
         ({"head_dim": 100}, "nested", "it takes no heads of 100 elements"),
-        ({"capability": None}, "rows", "no varlen: it needs a GPU, no flash: it needs a GPU"),
+        ({"capability": None}, "rows", "no GPU"),
     ],
 )
 def test_the_best_that_fits_is_chosen(
@@ -45,6 +45,7 @@ def test_what_was_asked_for_is_kept() -> None:
     assert [c.kernel for c in choose(facts, "sdpa")] == ["varlen", "nested", "rows"]
     assert [c.kernel for c in choose(facts, "flash_attention_2")] == ["flash"]
     assert choose(_H100, "flash_attention_2") == []
+    assert choose(_H100._replace(capability=None), "flash_attention_2") == []
 
 
 def test_a_choice_says_what_it_is() -> None:

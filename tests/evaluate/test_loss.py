@@ -9,9 +9,9 @@ import pytest
 from medtrain.data.chat import Encoded
 from medtrain.data.examples import Example
 from medtrain.errors import DataError
-from medtrain.evaluate import loss as loss_module
 from medtrain.evaluate.loss import HeldOutLoss, loss_requests, measure_losses, same_tokens
 from medtrain.files import write_jsonl
+from medtrain.train import log_probs
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,14 @@ def _row(length: int, supervised_from: int, start: int = 7) -> Encoded:
 
 
 def _measure(
-    model: Any, directory: Path, examples: list[Example], rows: list[Encoded]
+    model: Any,
+    directory: Path,
+    examples: list[Example],
+    rows: list[Encoded],
+    attention: str = "auto",
 ) -> HeldOutLoss:
     """As the stage does it: all rows in one batch of the plan, collected, read."""
-    found = dict(measure_losses(lambda: model, [loss_requests(examples, rows)]))
+    found = dict(measure_losses(lambda: model, [loss_requests(examples, rows)], attention))
     write_jsonl(directory / "loss.jsonl", ({"id": e.id, **found[e.id]} for e in examples))
     return HeldOutLoss.read(directory / "loss.jsonl")
 
@@ -67,17 +71,24 @@ def test_batches_do_not_show_in_the_figures(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = _measure(model, tmp_path, EXAMPLES, ROWS)
-    monkeypatch.setattr(loss_module, "MAX_ROWS", 1)
+    monkeypatch.setattr(log_probs, "TOKENS_A_PASS", 1)
     alone = _measure(model, tmp_path, EXAMPLES, ROWS)
     for example in EXAMPLES:
         assert together.of(example.id) == pytest.approx(alone.of(example.id), rel=1e-5)
 
 
-def test_batches_stay_within_the_memory_for_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "_LOGITS_BYTES", 4 * 100 * 20)
-    batches = list(loss_module._batches([10, 4, 30, 5, 10, 6], vocab_size=100))
-    assert sorted(i for batch in batches for i in batch) == list(range(6))
-    assert batches == [[1, 3, 5], [0, 4], [2]]
+def test_packed_and_padded_rows_lose_the_same(base_dir: Path, tmp_path: Path) -> None:
+    """`eager` pads; whoever answers with the model afterwards finds its attention as it was."""
+    from transformers import AutoModelForCausalLM
+
+    each = {}
+    for attention in ("auto", "eager"):
+        model = AutoModelForCausalLM.from_pretrained(base_dir).eval()
+        each[attention] = _measure(model, tmp_path, EXAMPLES, ROWS, attention)
+        assert model.config._attn_implementation == "sdpa"
+    for example in EXAMPLES:
+        packed, padded = each["auto"].of(example.id), each["eager"].of(example.id)
+        assert packed == pytest.approx(padded, rel=1e-5)
 
 
 def test_an_untrained_model_knows_about_nothing(model: Any, tmp_path: Path) -> None:

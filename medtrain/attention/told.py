@@ -1,0 +1,37 @@
+"""Which attention a loaded model computes with, for a run's log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from medtrain.attention.choice import KERNELS
+from medtrain.attention.packed import kernel_of
+from medtrain.console import Console
+
+
+def tell_attention(model: Any, stage: str, console: Console, *, packed: bool) -> None:
+    """Write down how rows of a stage attend; warn where a GPU is left with the slow way.
+
+    Args:
+        model: of transformers, loaded for the stage.
+        stage: for the log.
+        console: whose log it is.
+        packed: whether rows lie in one sequence.
+
+    Raises:
+        ConfigError: what `model.attention` asks for does not work here.
+    """
+    if not packed:
+        console.log_only(
+            "attention", stage=stage, packed=False, by=str(model.config._attn_implementation)
+        )
+        return
+    kernel, reason = kernel_of(model)
+    console.log_only("attention", stage=stage, packed=True, by=kernel, reason=reason)
+    if kernel == "rows" and model.device.type == "cuda":
+        console.warn(
+            "attention_slow",
+            f"{stage}: packed rows attend one after another ({reason}), which costs a GPU time; "
+            f"{KERNELS['varlen']} needs PyTorch 2.10 and 16 bits",
+            stage=stage,
+        )
