@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
@@ -22,6 +21,12 @@ settings.register_profile(
     "medtrain", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("medtrain")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only `pytest -m gpu` sees a GPU: all other tests are about a machine without one."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")
