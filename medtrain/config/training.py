@@ -180,6 +180,12 @@ class TrainConfig(Section):
     """A YAML file for `accelerate launch --config_file` in place of the strategy's."""
     liger: bool | Literal["auto"] = "auto"
     """Liger's fused layer kernels; `auto`: on an NVIDIA GPU where `liger-kernel` is installed."""
+    fused_lora: bool | Literal["auto"] = "auto"
+    """Compute an adapter together with its base layer, and layers that read the same input together
+    (queries, keys and values; an MLP's first two), their dropout's mask included. The results are
+    PEFT's but for rounding and the drawn masks. `auto`: wherever it fits, which is not under
+    `zero3` and `fsdp2`, with `sft.lora.dora` or with `compile`; true refuses a run where it does
+    not."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile; `auto`: off, since quantised layers and changing lengths recompile."""
     trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medtrain.config import RunConfig
+from medtrain.config.lora_path import why_not_fused
 from medtrain.config.training import Strategy
 from medtrain.errors import ConfigError
 from medtrain.launch import devices
@@ -95,6 +96,7 @@ def refuse(strategy: str, config: RunConfig, *, on_gpu: bool) -> None:
     """
     if not on_gpu:
         _refuse_on_cpu(strategy, config)
+    why_not_fused(config, strategy)
     if strategy in DEEPSPEED and find_spec("deepspeed") is None:
         raise ConfigError(
             f"train.strategy {strategy} needs DeepSpeed, which is not installed here",
