@@ -27,6 +27,7 @@ LOAD_BYTES_PER_S = 1e9
 START_S = 30.0
 """From a job's start to the first byte of weights: modules, activation, imports."""
 
+_AMPERE = (8, 0)
 _SCALE = {"b": 1e9, "m": 1e6}
 _IN_NAME = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", re.IGNORECASE)
 
@@ -44,8 +45,13 @@ class Gpu:
     """As torch.cuda.get_device_properties reports it."""
     float32_flops: float
     """Peak without tensor cores, FLOP/s."""
-    bfloat16: bool = True
-    """Whether it computes bfloat16 itself; else PyTorch does so in float32."""
+    capability: tuple[int, int]
+    """CUDA's compute capability."""
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether it computes bfloat16 itself; else PyTorch does so in float32."""
+        return self.capability >= _AMPERE
 
     @property
     def memory_bytes(self) -> int:
@@ -79,22 +85,22 @@ class Gpu:
 
 # More specific names first: a type is looked up as a part of what the site calls it.
 _GPUS = {
-    "h200": Gpu("H200 SXM", 989e12, 4.8e12, 139.8, 67e12),
-    "h100": Gpu("H100 SXM", 989e12, 3.35e12, 79.1, 67e12),
-    "a100": Gpu("A100 40 GB", 312e12, 1.555e12, 39.4, 19.5e12),
-    "v100": Gpu("V100 SXM2 16 GB", 125e12, 0.9e12, 15.7, 15.7e12, bfloat16=False),
-    "l40s": Gpu("L40S", 362e12, 0.864e12, 44.4, 91.6e12),
-    "a6000": Gpu("RTX A6000", 155e12, 0.768e12, 47.4, 38.7e12),
-    "a10": Gpu("A10", 125e12, 0.6e12, 22.0, 31.2e12),
-    "4090": Gpu("RTX 4090", 165e12, 1.008e12, 23.5, 82.6e12),
-    "l4": Gpu("L4", 121e12, 0.3e12, 22.0, 30.3e12),
-    "t4": Gpu("T4", 65e12, 0.32e12, 14.6, 8.1e12, bfloat16=False),
+    "h200": Gpu("H200 SXM", 989e12, 4.8e12, 139.8, 67e12, (9, 0)),
+    "h100": Gpu("H100 SXM", 989e12, 3.35e12, 79.1, 67e12, (9, 0)),
+    "a100": Gpu("A100 40 GB", 312e12, 1.555e12, 39.4, 19.5e12, (8, 0)),
+    "v100": Gpu("V100 SXM2 16 GB", 125e12, 0.9e12, 15.7, 15.7e12, (7, 0)),
+    "l40s": Gpu("L40S", 362e12, 0.864e12, 44.4, 91.6e12, (8, 9)),
+    "a6000": Gpu("RTX A6000", 155e12, 0.768e12, 47.4, 38.7e12, (8, 6)),
+    "a10": Gpu("A10", 125e12, 0.6e12, 22.0, 31.2e12, (8, 6)),
+    "4090": Gpu("RTX 4090", 165e12, 1.008e12, 23.5, 82.6e12, (8, 9)),
+    "l4": Gpu("L4", 121e12, 0.3e12, 22.0, 30.3e12, (8, 9)),
+    "t4": Gpu("T4", 65e12, 0.32e12, 14.6, 8.1e12, (7, 5)),
 }
 KNOWN = tuple(sorted(_GPUS))
 """Words by which a GPU is known."""
 _LARGER = {
-    "a100": ("80", Gpu("A100 80 GB", 312e12, 2.039e12, 79.1, 19.5e12)),
-    "v100": ("32", Gpu("V100 SXM2 32 GB", 125e12, 0.9e12, 31.7, 15.7e12, bfloat16=False)),
+    "a100": ("80", Gpu("A100 80 GB", 312e12, 2.039e12, 79.1, 19.5e12, (8, 0))),
+    "v100": ("32", Gpu("V100 SXM2 32 GB", 125e12, 0.9e12, 31.7, 15.7e12, (7, 0))),
 }
 """The same type with more memory, and the number by which it is known."""
 DEFAULT_GPU = _GPUS["a100"]

@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "medtrain"
 
 LAYERS = [
     {"errors", "environment", "kernel_cache"},
-    {"files", "locks", "ending"},
+    {"attention", "files", "locks", "ending"},
     {"console", "config", "run", "endpoint"},
     {"digests", "memory", "beforehand", "gpus"},
-    {"attention", "lineage", "quickstart"},
+    {"lineage", "quickstart"},
     {"data", "shards"},
     {"train"},
     {"generate", "judge"},

@@ -57,6 +57,14 @@ class Choice(NamedTuple):
     kernel: Kernel
     reason: str
 
+    def repeats_groups(self, torch: tuple[int, int]) -> bool:
+        """Whether keys and values are repeated for the queries that share them.
+
+        Args:
+            torch: release of PyTorch.
+        """
+        return self.kernel in ("nested", "rows") or (self.kernel == "varlen" and torch < (2, 12))
+
     def __str__(self) -> str:
         said = f"{self.kernel} ({KERNELS[self.kernel]})"
         return f"{said}; {self.reason}" if self.reason else said

@@ -9,7 +9,8 @@ have transformers' own mask and are computed by its own function.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,34 @@ _SIGN = (1, 1, 1, 1)
 """The shape of the mask that says that rows are packed."""
 _NOT_COMPUTED = ("dropout", "softcap", "s_aux", "position_bias")
 """What an attention may want beside the scale and a window."""
+
+
+def attention_for(wanted: str, *, packed: bool) -> str | None:
+    """The attention implementation to load a model with; None lets transformers choose.
+
+    Args:
+        wanted: `model.attention`.
+        packed: rows lie in one sequence; `eager` cannot do that.
+    """
+    if not packed:
+        return None if wanted == "auto" else wanted
+    return {str(name): known for name, known in PACKED_ATTENTION.items()}[wanted]
+
+
+@contextmanager
+def computing_packed(model: Any, wanted: str) -> Iterator[None]:
+    """Let a model that was loaded for other work keep rows apart for a while.
+
+    Args:
+        model: of a family that can.
+        wanted: `model.attention`.
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation(attention_for(wanted, packed=True))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def borders_of(packed: Mapping[str, Any]) -> dict[str, Any]:

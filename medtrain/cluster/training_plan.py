@@ -8,16 +8,17 @@ one block for each training stage that is to do.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from medtrain.cluster.estimate import Estimator
+from medtrain.cluster.paths import Paths, paths_of
 from medtrain.cluster.site import resources_of
 from medtrain.cluster.workload import TrainingLoad, training_load
 from medtrain.errors import DataError
 from medtrain.files import read_json
 from medtrain.gpus import KNOWN, Gpu, gpu_of
-from medtrain.memory import Architecture, Choice, Estimate, Work, strategies_for, work_of
+from medtrain.memory import Architecture, Choice, Estimate, Work, estimate, strategies_for, work_of
 from medtrain.memory.estimate import trained_parameters
 from medtrain.run import Trained
 
@@ -67,6 +68,9 @@ class TrainingPlan:
     lengths: Lengths | None
     choice: Choice
     fitting: Fitting | None
+    paths: Paths
+    in_16_bits: Estimate | None
+    """Where the base would fit unquantised too, without checkpointing: what that would take."""
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object; bytes are those of one GPU."""
@@ -87,6 +91,8 @@ class TrainingPlan:
             "activation_checkpointing": choice.checkpointing,
             "fits": choice.fits,
             "reason": choice.reason,
+            "paths": self.paths._asdict(),
+            "fits_in_16_bits": self.in_16_bits is not None,
             **_memory_json(self.fitting, self.gpu),
         }
 
@@ -109,30 +115,52 @@ def plan_training(estimator: Estimator, stage: Trained) -> TrainingPlan:
     config = estimator.config
     wanted = resources_of(config, stage)
     processes = estimator.hardware.processes(stage)
+    choice, gpu = estimator.hardware.choice(stage), estimator.hardware.gpu(stage)
     return TrainingPlan(
         stage=stage,
         nodes=wanted.nodes or 1,
         gpus=wanted.gpus or 0,
-        gpu=estimator.hardware.gpu(stage),
+        gpu=gpu,
         assumed=bool(wanted.gpus) and gpu_of(wanted) is None,
         unknown=wanted.gpu_type if wanted.gpus and gpu_of(wanted) is None else None,
         load=training_load(config, estimator.sizes, stage, processes),
         lengths=_lengths(estimator) if stage == "sft" else None,
-        choice=estimator.hardware.choice(stage),
+        choice=choice,
         fitting=_fitting(estimator, stage, processes),
+        paths=paths_of(
+            config, stage, gpu if wanted.gpus else None, estimator.hardware.architecture, choice
+        ),
+        in_16_bits=_in_16_bits(estimator, stage, processes),
     )
+
+
+def _in_16_bits(estimator: Estimator, stage: Trained, processes: int) -> Estimate | None:
+    """What the unquantised base would take, where it would fit every GPU whole."""
+    architecture, gpu = estimator.hardware.architecture, estimator.hardware.gpu(stage)
+    if architecture is None or not processes or estimator.config.model.quantization != "nf4":
+        return None
+    work = work_of(estimator.config, stage, architecture, auto_bytes=gpu.auto_bytes)
+    plain = estimate(architecture, replace(work, quantized=False), gpus=processes)
+    return plain if work.dtype_bytes == 2 and plain.peak <= gpu.memory_bytes else None
 
 
 def _fitting(estimator: Estimator, stage: Trained, processes: int) -> Fitting | None:
     architecture, gpu = estimator.hardware.architecture, estimator.hardware.gpu(stage)
     if architecture is None or not processes:
         return None
-    work = work_of(estimator.config, stage, architecture, auto_bytes=gpu.auto_bytes)
+    choice = estimator.hardware.choice(stage)
+    work = work_of(
+        estimator.config,
+        stage,
+        architecture,
+        auto_bytes=gpu.auto_bytes,
+        optimizer=choice.optimizer,
+    )
     checkpointing = getattr(estimator.config, stage).activation_checkpointing
     estimates = strategies_for(
         architecture, work, gpus=processes, gpu_bytes=gpu.memory_bytes, checkpointing=checkpointing
     )
-    chosen = estimator.hardware.choice(stage).estimate
+    chosen = choice.estimate
     if chosen is not None and all(one.strategy != chosen.strategy for one in estimates):
         estimates.append(chosen)
     return Fitting(architecture, work, tuple(estimates))

@@ -38,6 +38,15 @@ def training_views(plan: TrainingPlan) -> Iterator[Table | Text]:
     if plan.gpus:
         mark = ("  → ", "green") if plan.choice.fits else ("  ✗ ", "red")
         yield Text.assemble(mark, plan.choice.reason)
+    also = " (the reference too)" if plan.stage == "dpo" else ""
+    yield Text(f"  attention{also}: {plan.paths.attention}")
+    yield Text(f"  adapters: {plan.paths.lora}; optimizer: {plan.paths.optimizer}")
+    if plan.in_16_bits is not None:
+        yield Text(
+            f"  The base would fit in 16 bits too ({plan.in_16_bits.peak / GIB:.1f} GiB): "
+            "model.quantization=none unpacks no weights, and has no rounding of NF4 to learn with.",
+            style="dim",
+        )
     if plan.fitting and any(one.checkpointing for one in plan.fitting.estimates):
         yield Text("  * with activation checkpointing", style="dim")
 

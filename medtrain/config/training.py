@@ -34,8 +34,9 @@ class TrainingConfig(Section):
     max_grad_norm: float = Field(0.3, gt=0)
     """Gradients are clipped to this norm."""
     optimizer: str = "auto"
-    """An optimiser name of transformers; `auto`: paged_adamw_8bit with NF4 on a GPU, else
-    adamw_torch. A bitsandbytes optimiser on a CPU falls back to adamw_torch, and says so."""
+    """An optimiser name of transformers; `auto`: on a GPU adamw_torch_fused, or paged_adamw_8bit
+    where only that fits beside an NF4 base; adamw_torch on a CPU and where weights are sharded. A
+    bitsandbytes optimiser on a CPU falls back to adamw_torch, and says so."""
     max_length: int = Field(1024, ge=8)
     """Longest row, prompt and answer together, in tokens."""
     packing: bool | Literal["auto"] = "auto"

@@ -151,8 +151,8 @@ def measure_losses(
 def _log_probs(model: Any, rows: Sequence[Row], attention: str) -> list[float]:
     """The log-probability of each row's scored tokens, packed where the model allows it."""
     from medtrain.attention.families import why_not_packed
+    from medtrain.attention.packed import computing_packed
     from medtrain.train import log_probs
-    from medtrain.train.packed import computing_packed
 
     packed = attention != "eager" and why_not_packed(model.config) is None
     if not hasattr(model, _SCORER):

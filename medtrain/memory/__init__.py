@@ -6,9 +6,9 @@ counts what a training really takes, to hold the estimate against it.
 """
 
 from medtrain.memory.architecture import Architecture, architecture_of
-from medtrain.memory.choose import Choice, choose_strategy, needs_checkpointing, strategies_for
+from medtrain.memory.choose import Choice, choose_strategy, choose_under, strategies_for
 from medtrain.memory.estimate import Estimate, estimate
-from medtrain.memory.work import Work, sides_of, work_of
+from medtrain.memory.work import Work, optimizers_of, sides_of, work_of
 
 __all__ = [
     "Architecture",
@@ -17,8 +17,9 @@ __all__ = [
     "Work",
     "architecture_of",
     "choose_strategy",
+    "choose_under",
     "estimate",
-    "needs_checkpointing",
+    "optimizers_of",
     "sides_of",
     "strategies_for",
     "work_of",

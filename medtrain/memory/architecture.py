@@ -71,6 +71,8 @@ class Architecture:
     """Whether queries and keys have a norm of their own, as in Qwen3."""
     knows_chatml: bool = False
     """Whether the vocabulary has ChatML's two control tokens."""
+    kind: str = "llama"
+    """transformers' `model_type`; of well-known names one that is computed alike."""
 
     @property
     def linear(self) -> dict[str, Linear]:
@@ -208,6 +210,7 @@ def from_config(tree: Mapping[str, Any]) -> Architecture | None:
         vocab=int(tree["vocab_size"]),
         tied=bool(tree.get("tie_word_embeddings", kind == "smollm3")),
         mlp_bias=bool(tree.get("mlp_bias", False)),
+        kind=kind,
         **biases,
     )
 

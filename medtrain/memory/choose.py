@@ -15,7 +15,7 @@ from medtrain.config import RunConfig
 from medtrain.config.training import Strategy
 from medtrain.memory.architecture import Architecture
 from medtrain.memory.estimate import GIB, Estimate, estimate
-from medtrain.memory.work import Work, work_of
+from medtrain.memory.work import Work, optimizers_of, work_of
 
 CHEAPEST_FIRST: tuple[Strategy, ...] = ("ddp", "zero2", "zero3", "zero3-offload")
 """What `auto` chooses from; one GPU has nobody to share with."""
@@ -38,6 +38,8 @@ class Choice:
     """A sentence for a person; where it does not fit, with what to change."""
     estimate: Estimate | None = None
     """None where the size of the base is not known, or there is no GPU."""
+    optimizer: str | None = None
+    """What it was estimated with; None where nothing was."""
 
 
 def choose_strategy(
@@ -65,24 +67,32 @@ def choose_strategy(
         return _unestimated(set_one, wanted, gpus)
     if set_one == "fsdp2" and work_of(config, stage, architecture).new_rows:
         return Choice("fsdp2", False, False, _NO_NEW_TOKENS)
-    tried = tried_estimates(config, stage, gpus, architecture, auto_bytes)
-    for one in tried:
-        if one.peak <= gpu_bytes:
-            return Choice(one.strategy, one.checkpointing, True, _why(one, tried, gpu_bytes), one)
+    section = config.dpo if stage == "dpo" else config.sft
+    for optimizer in optimizers_of(config, section.optimizer, "cuda"):
+        tried = tried_estimates(config, stage, gpus, architecture, auto_bytes, optimizer)
+        for one in tried:
+            if one.peak <= gpu_bytes:
+                why = _why(one, tried, gpu_bytes)
+                return Choice(one.strategy, one.checkpointing, True, why, one, optimizer)
     smallest = min(tried, key=lambda one: one.peak)
     reason = _too_large(config, stage, smallest, gpu_bytes)
-    return Choice(smallest.strategy, smallest.checkpointing, False, reason, smallest)
+    return Choice(smallest.strategy, smallest.checkpointing, False, reason, smallest, optimizer)
 
 
 def tried_estimates(
-    config: RunConfig, stage: str, gpus: int, architecture: Architecture, auto_bytes: int = 2
+    config: RunConfig,
+    stage: str,
+    gpus: int,
+    architecture: Architecture,
+    auto_bytes: int = 2,
+    optimizer: str | None = None,
 ) -> list[Estimate]:
-    """Everything that may be chosen, the cheapest first."""
+    """Everything that may be chosen with an optimiser, the cheapest first."""
     wanted = (config.dpo if stage == "dpo" else config.sft).activation_checkpointing
     strategies = CHEAPEST_FIRST if gpus > 1 else CHEAPEST_FIRST[:1]
     if config.train.strategy != "auto":
         strategies = (config.train.strategy,)
-    work = work_of(config, stage, architecture, auto_bytes=auto_bytes)
+    work = work_of(config, stage, architecture, auto_bytes=auto_bytes, optimizer=optimizer)
     return [
         estimate(architecture, work, strategy, gpus=gpus, checkpointing=checkpointing)
         for strategy in strategies
@@ -90,7 +100,7 @@ def tried_estimates(
     ]
 
 
-def needs_checkpointing(
+def choose_under(
     config: RunConfig,
     stage: str,
     strategy: Strategy,
@@ -99,8 +109,8 @@ def needs_checkpointing(
     gpu_bytes: int,
     architecture: Architecture | None,
     auto_bytes: int = 2,
-) -> bool:
-    """Whether a stage is to checkpoint activations under a strategy that is settled already.
+) -> Choice:
+    """Checkpointing and optimiser of a stage under a strategy that is settled already.
 
     The arguments are those of `choose_strategy`, and with the strategy that it chose so is the
     answer.
@@ -115,7 +125,7 @@ def needs_checkpointing(
         gpu_bytes=gpu_bytes,
         architecture=architecture,
         auto_bytes=auto_bytes,
-    ).checkpointing
+    )
 
 
 def strategies_for(

@@ -9,11 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from medtrain.attention import choose, installed_facts
 from medtrain.config import LoraConfig, RunConfig
 from medtrain.memory.architecture import Architecture
 
 Device = Literal["cuda", "cpu"]
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FUSED, PAGED = "adamw_torch_fused", "paged_adamw_8bit"
+"""What `optimizer: auto` stands for on a GPU."""
+_V100, _A100 = (7, 0), (8, 0)
+"""Compute capabilities before and since flash attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,7 @@ def work_of(
     *,
     auto_bytes: int = 2,
     device: Device = "cuda",
+    optimizer: str | None = None,
 ) -> Work:
     """What a process computes in a training stage.
 
@@ -57,6 +63,7 @@ def work_of(
         auto_bytes: bytes of a number where `model.dtype` is `auto`: 4 on a GPU without bfloat16,
             whatever the dtype is; such a GPU is older than flash attention.
         device: whose kernels compute it.
+        optimizer: by transformers' name; None for the first of `optimizers_of`.
     """
     section = config.dpo if stage == "dpo" else config.sft
     a_row = section.max_length * sides_of(config, stage)
@@ -67,11 +74,13 @@ def work_of(
         dtype_bytes=dtype_bytes,
         quantized=config.model.quantization == "nf4",
         double_quantization=config.model.double_quantization,
-        lora=config.sft.lora,
-        state_bytes=_state_bytes(config, section.optimizer, device),
+        lora=_lora(config, stage),
+        state_bytes=_state_bytes(
+            optimizer or optimizers_of(config, section.optimizer, device)[0], device
+        ),
         new_rows=config.model.chat_template == "chatml" and not architecture.knows_chatml,
         device=device,
-        repeats_groups=device == "cuda" and 4 in (dtype_bytes, auto_bytes),
+        repeats_groups=device == "cuda" and _repeats_groups(dtype_bytes, auto_bytes),
     )
 
 
@@ -80,8 +89,32 @@ def sides_of(config: RunConfig, stage: str) -> int:
     return 2 if stage == "dpo" and config.dpo.method != "rejection" else 1
 
 
-def _state_bytes(config: RunConfig, optimizer: str, device: Device) -> int:
+def _lora(config: RunConfig, stage: str) -> LoraConfig:
+    """The adapter as a stage trains it: TRL's preference trainers switch dropout off."""
+    compares = stage == "dpo" and config.dpo.method != "rejection"
+    return config.sft.lora.model_copy(update={"dropout": 0.0}) if compares else config.sft.lora
+
+
+def _repeats_groups(dtype_bytes: int, auto_bytes: int) -> bool:
+    """Whether attention is computed by a kernel that wants as many keys as queries."""
+    older = auto_bytes == _DTYPE_BYTES["float32"]
+    facts = installed_facts(_V100 if older else _A100, dtype_bytes, head_dim=128)
+    return choose(facts)[0].repeats_groups(facts.torch)
+
+
+def optimizers_of(config: RunConfig, optimizer: str, device: Device) -> tuple[str, ...]:
+    """The optimisers of transformers that a stage's `optimizer` may stand for, the best first.
+
+    Moments in 32 bits are small beside a quantised base, and bitsandbytes' optimisers wait for the
+    GPU once for every tensor of the adapter; those in 8 bits are for where nothing else fits.
+    """
+    if optimizer != "auto":
+        return (optimizer,)
+    if device == "cpu":
+        return ("adamw_torch",)
+    return (FUSED, PAGED) if config.model.quantization == "nf4" else (FUSED,)
+
+
+def _state_bytes(optimizer: str, device: Device) -> int:
     """Two moments for each parameter, in 8 or in 32 bits."""
-    if optimizer == "auto":
-        optimizer = "paged_adamw_8bit" if config.model.quantization == "nf4" else "adamw_torch"
     return 2 if "8bit" in optimizer and device != "cpu" else 8

@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from medtrain.attention.families import why_not_packed
 from medtrain.attention.kernels import leave_cudnn_out
+from medtrain.attention.packed import attention_for
 from medtrain.config import RunConfig
 from medtrain.data.base import resolve_base
 from medtrain.errors import BadNodeError, ConfigError, DataError, EndpointError, MedtrainError
 from medtrain.run import Run, Trained
-from medtrain.train.packed import attention_for
 
 if TYPE_CHECKING:
     from medtrain.data.chat import ChatTokenizer

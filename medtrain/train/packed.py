@@ -15,35 +15,7 @@ from typing import Any
 import torch
 from trl.trainer import utils as head
 
-from medtrain.attention.packed import PACKED_ATTENTION, borders_of
-
-
-def attention_for(wanted: str, *, packed: bool) -> str | None:
-    """The attention implementation to load a model with; None lets transformers choose.
-
-    Args:
-        wanted: `model.attention`.
-        packed: rows lie in one sequence; `eager` cannot do that.
-    """
-    if not packed:
-        return None if wanted == "auto" else wanted
-    return {str(name): implementation for name, implementation in PACKED_ATTENTION.items()}[wanted]
-
-
-@contextmanager
-def computing_packed(model: Any, wanted: str) -> Iterator[None]:
-    """Let a model that was loaded for other work keep rows apart for a while.
-
-    Args:
-        model: of a family that can.
-        wanted: `model.attention`.
-    """
-    before = model.config._attn_implementation
-    model.set_attn_implementation(attention_for(wanted, packed=True))
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+from medtrain.attention.packed import borders_of
 
 
 def pack(attention_mask: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from medtrain.config.training import Strategy
 from medtrain.console import Console
 from medtrain.environment import STRATEGY_VARIABLE
 from medtrain.errors import ConfigError
-from medtrain.memory import architecture_of, needs_checkpointing
+from medtrain.memory import Choice, architecture_of, choose_under
+from medtrain.memory.work import FUSED
 from medtrain.run import Run, Trained
 from medtrain.train.checkpoints import Plan
 from medtrain.train.model import compute_dtype
@@ -147,7 +148,7 @@ def _shared(
         "warmup_steps": math.ceil(section.warmup_ratio * plan.max_steps),
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
-        "optim": choose_optimizer(config, stage, console),
+        "optim": choose_optimizer(run, config, stage, plan, console),
         "gradient_checkpointing": checkpoints_activations(run, config, stage, plan),
         "use_cpu": use_cpu,
         # DeepSpeed would round the adapter itself to it; there the loss is computed in it
@@ -202,8 +203,13 @@ def checkpoints_activations(run: Run, config: RunConfig, stage: Trained, plan: P
     wanted = getattr(config, stage).activation_checkpointing
     if wanted != "auto" or not torch.cuda.is_available():
         return wanted is True
+    return _choice(run, config, stage, plan).checkpointing
+
+
+def _choice(run: Run, config: RunConfig, stage: Trained, plan: Plan) -> Choice:
+    """What the memory of this GPU leaves to choose."""
     built = run.built_base if config.model.base.startswith("builtin:") else None
-    return needs_checkpointing(
+    return choose_under(
         config,
         stage,
         cast("Strategy", plan.strategy),
@@ -220,18 +226,18 @@ def _steps_between_evaluations(section: TrainingConfig, plan: Plan) -> int:
     return max(1, min(round(plan.steps_per_epoch / section.evals_per_epoch), plan.max_steps))
 
 
-def choose_optimizer(config: RunConfig, stage: Trained, console: Console) -> str:
+def choose_optimizer(
+    run: Run, config: RunConfig, stage: Trained, plan: Plan, console: Console
+) -> str:
     """The optimiser of transformers that `optimizer` stands for on this machine.
 
     Raises:
         ConfigError: there is none of that name.
     """
     name: str = getattr(config, stage).optimizer
-    on_gpu = torch.cuda.is_available()
-    sharded = strategy_here() == "fsdp2"
     if name == "auto":
-        in_8_bits = on_gpu and config.model.quantization == "nf4" and not sharded
-        return "paged_adamw_8bit" if in_8_bits else "adamw_torch"
+        return _best_optimizer(run, config, stage, plan)
+    on_gpu, sharded = torch.cuda.is_available(), plan.strategy == "fsdp2"
     known = [member.value for member in OptimizerNames]
     if name not in known:
         raise ConfigError(
@@ -248,6 +254,17 @@ def choose_optimizer(config: RunConfig, stage: Trained, console: Console) -> str
         )
         return "adamw_torch"
     return name
+
+
+def _best_optimizer(run: Run, config: RunConfig, stage: Trained, plan: Plan) -> str:
+    """What `auto` takes: fused where the moments fit beside the rest.
+
+    Strategies that shard hand an optimiser pieces of flat tensors, and step it themselves.
+    """
+    if not torch.cuda.is_available() or plan.strategy == "fsdp2":
+        return "adamw_torch"
+    chosen = _choice(run, config, stage, plan).optimizer or FUSED
+    return "adamw_torch" if chosen == FUSED and plan.strategy != "ddp" else chosen
 
 
 def _checked(kind: Any, arguments: dict[str, Any], stage: Trained) -> Any:

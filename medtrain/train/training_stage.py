@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from medtrain.attention.told import tell_attention
 from medtrain.config import RunConfig
 from medtrain.console import Console
 from medtrain.data.tokenizer import load_chat_tokenizer
 from medtrain.run import Run, Trained
 from medtrain.train.adapter import add_adapter, attach_adapter, read_weights
+from medtrain.train.attention_log import tell_attention
 from medtrain.train.checkpoints import Plan
 from medtrain.train.evaluating import Fed
 from medtrain.train.fit import Fit

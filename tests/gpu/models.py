@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from medtrain.train.packed import attention_for, select_supervised
+from medtrain.attention.packed import attention_for
+from medtrain.train.packed import select_supervised
 
 VOCAB, PAD, WINDOW = 96, 0, 24
 _SIZES: dict[str, Any] = {

@@ -13,11 +13,12 @@ from medtrain.memory import (
     Architecture,
     Choice,
     choose_strategy,
+    choose_under,
     estimate,
-    needs_checkpointing,
     work_of,
 )
 from medtrain.memory.choose import CHEAPEST_FIRST, strategies_for
+from medtrain.memory.work import FUSED, PAGED
 from tests.memory.test_estimate import LLAMA_8B, config_of
 
 GIB = 2**30
@@ -46,7 +47,7 @@ def test_the_cheapest_that_fits() -> None:
 
 @given(gib=st.floats(4, 200), gpus=st.integers(1, 64), stage=st.sampled_from(["sft", "dpo"]))
 def test_nothing_cheaper_would_have_fitted(gib: float, gpus: int, stage: str) -> None:
-    chosen = choice(gib, gpus, stage=stage)
+    chosen = choice(gib, gpus, stage=stage, **{stage: {"optimizer": FUSED}})
     work = work_of(config_of(), stage, LLAMA_8B)
     ways = [
         (strategy, way)
@@ -106,14 +107,27 @@ def test_what_is_set_is_kept() -> None:
 def test_a_worker_comes_to_the_launchers_answer(gib: float, gpus: int) -> None:
     chosen = choice(gib, gpus)
     config, size = config_of(), int(gib * GIB)
-    known = needs_checkpointing(
+    known = choose_under(
         config, "sft", chosen.strategy, gpus=gpus, gpu_bytes=size, architecture=LLAMA_8B
     )
-    assert known == chosen.checkpointing
+    assert known.checkpointing == chosen.checkpointing
+    assert known.optimizer == chosen.optimizer
     config = config_of(sft={"activation_checkpointing": False})
-    assert not needs_checkpointing(
+    assert not choose_under(
         config, "sft", "ddp", gpus=gpus, gpu_bytes=size, architecture=LLAMA_8B
+    ).checkpointing
+
+
+def test_moments_are_in_8_bits_only_where_nothing_else_fits() -> None:
+    assert choice(80, gpus=1).optimizer == FUSED
+    by_size = [choice(gib / 10, gpus=1) for gib in range(100, 200)]
+    fitting = [one for one in by_size if one.fits]
+    assert {one.optimizer for one in fitting} == {FUSED, PAGED}
+    assert [one.optimizer for one in fitting] == sorted(
+        (one.optimizer for one in fitting), key=[PAGED, FUSED].index
     )
+    assert choice(10, gpus=1, sft={"optimizer": FUSED}).optimizer == FUSED
+    assert choice(80, gpus=1, model=PLAIN).optimizer == FUSED
 
 
 def test_where_nobody_can_tell_nothing_is_sharded() -> None:

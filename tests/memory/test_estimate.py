@@ -140,9 +140,11 @@ def test_the_work_of_a_stage() -> None:
     sft, dpo = (work_of(config, stage, LLAMA_8B) for stage in ("sft", "dpo"))
     assert (sft.tokens, sft.evaluated_tokens) == (300, 500)
     assert (dpo.tokens, dpo.evaluated_tokens) == (600, 0)
-    assert (sft.dtype_bytes, sft.state_bytes, sft.new_rows) == (2, 2, True)
+    assert (sft.dtype_bytes, sft.state_bytes, sft.new_rows) == (2, 8, True)
+    assert (sft.lora.dropout, dpo.lora.dropout) == (0.05, 0.0), "TRL switches it off"
     chosen_only = config_of(dpo={"batch_size": 3, "max_length": 100, "method": "rejection"})
-    assert work_of(chosen_only, "dpo", LLAMA_8B).tokens == 300
+    fine_tuned = work_of(chosen_only, "dpo", LLAMA_8B)
+    assert (fine_tuned.tokens, fine_tuned.lora.dropout) == (300, 0.05)
 
 
 def test_dtype_and_optimiser_are_those_of_the_configuration() -> None:
@@ -150,8 +152,9 @@ def test_dtype_and_optimiser_are_those_of_the_configuration() -> None:
     plain = config_of(model={"quantization": "none", "dtype": "float32"})
     assert work_of(plain, "sft", LLAMA_8B).dtype_bytes == 4
     assert work_of(plain, "sft", LLAMA_8B).state_bytes == 8
-    named = config_of(sft={"optimizer": "adamw_torch"})
-    assert work_of(named, "sft", LLAMA_8B).state_bytes == 8
+    named = config_of(sft={"optimizer": "paged_adamw_8bit"})
+    assert work_of(named, "sft", LLAMA_8B).state_bytes == 2
+    assert work_of(named, "sft", LLAMA_8B, device="cpu").state_bytes == 8
     assert work_of(config_of(), "sft", LLAMA_8B, device="cpu").state_bytes == 8
     own = config_of(model={"chat_template": "llama-2"})
     assert not work_of(own, "sft", LLAMA_8B).new_rows

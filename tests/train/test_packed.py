@@ -25,12 +25,12 @@ from transformers import (
 from trl.trainer.utils import add_fused_lm_head
 
 from medtrain.attention.families import FAMILIES, why_not_packed
-from medtrain.attention.packed import PACKED_ATTENTION, window_of
+from medtrain.attention.packed import PACKED_ATTENTION, attention_for, window_of
 from medtrain.config import parse_config
 from medtrain.errors import ConfigError, MedtrainError
 from medtrain.train.loader import preference_batch, supervised_batch
 from medtrain.train.model import packs
-from medtrain.train.packed import PackedForward, attention_for, select_supervised
+from medtrain.train.packed import PackedForward, select_supervised
 from medtrain.train.rows import IGNORED
 from tests.train.conftest import MakeRun, Ready
 from tests.train.training import losses, train

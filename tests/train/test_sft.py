@@ -6,6 +6,7 @@ import errno
 import json
 import math
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from medtrain.config import parse_config
 from medtrain.console import Console
 from medtrain.errors import ConfigError, DataError, MedtrainError, TryAgainError
 from medtrain.files import read_json, read_jsonl
+from medtrain.memory import architecture_of
+from medtrain.memory.choose import tried_estimates
 from medtrain.train.adapter import FACTS_FILE, WEIGHTS_FILE
 from medtrain.train.checkpoints import Plan, best_step, evaluations_since_best
 from medtrain.train.model import load_base
@@ -191,15 +194,44 @@ def test_optimisers_are_checked_and_replaced_where_they_cannot_work(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = make_run(sft={"optimizer": "paged_adamw_8bit"})
-    assert choose_optimizer(ready.config, "sft", ready.console) == "adamw_torch"
+    assert optimizer(ready) == "adamw_torch"
     assert "event=optimizer_replaced" in ready.run.log.read_text()
-    monkeypatch.setenv("MEDTRAIN_STRATEGY", "fsdp2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_optimizer(ready.config, "sft", ready.console) == "adamw_torch"
+    assert optimizer(ready, "fsdp2") == "adamw_torch"
     assert "FSDP2 shards" in ready.run.log.read_text()
     typo = make_run("typo", sft={"optimizer": "adamw_torhc"})
     with pytest.raises(ConfigError, match="Did you mean 'adamw_torch'"):
-        choose_optimizer(typo.config, "sft", Console(quiet=True))
+        optimizer(typo)
+
+
+def optimizer(ready: Ready, strategy: str = "ddp") -> str:
+    plan = make_plan(ready.config.sft, 8, strategy)
+    return choose_optimizer(ready.run, ready.config, "sft", plan, ready.console)
+
+
+def on_a_gpu_of(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    properties = SimpleNamespace(total_memory=int(gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+
+
+def test_moments_in_32_bits_unless_only_8_fit(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = make_run(model={"quantization": "nf4"}, sft={"batch_size": 1})
+    assert optimizer(ready) == "adamw_torch"
+    on_a_gpu_of(monkeypatch, 80)
+    assert optimizer(ready) == "adamw_torch_fused"
+    assert optimizer(ready, "zero2") == "adamw_torch"
+    architecture = architecture_of(ready.config)
+    tried = [
+        min(e.peak for e in tried_estimates(ready.config, "sft", 1, architecture, 2, name))
+        for name in ("paged_adamw_8bit", "adamw_torch_fused")
+    ]
+    on_a_gpu_of(monkeypatch, sum(tried) / 2 / 2**30)
+    assert optimizer(ready) == "paged_adamw_8bit"
 
 
 def test_trainer_fields_are_passed_on_or_refused(make_run: MakeRun) -> None:
