@@ -1,9 +1,9 @@
 """An adapter and its base become one plain model directory.
 
 adapter checked → the trained model's log-probabilities on a few answers → the base again, in 16
-bits or dequantised layer by layer → PEFT adds the adapter in place → weights, tokenizer and record
-in a directory beside the target → loaded back and compared with the trained model → renamed to its
-place. There is never more than one model in memory.
+bits (on the GPU where it fits) or dequantised layer by layer → PEFT adds the adapter in place →
+weights, tokenizer and record in a directory beside the target → loaded back and compared with the
+trained model → renamed to its place. There is never more than one model in memory.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from medtrain.data.base import published_directory, resolve_base
 from medtrain.data.tokenizer import load_chat_tokenizer
 from medtrain.errors import DataError, MedtrainError
 from medtrain.files import sha256_file
+from medtrain.gpus import parameters_of
 from medtrain.run import Run, Trained
 from medtrain.train.adapter import WEIGHTS_FILE, attach_adapter, read_weights
 from medtrain.train.divergence import (
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 _TEMPORARY = ".tmp-divergence-"
 
+_AT_WORK = 1.25
+"""Memory of a model at work, as a multiple of its weights."""
 _FAULT_NATS = {torch.float32: 0.001, torch.float64: 0.001}
 _FAULT_NATS_16_BIT = 0.05
 """What rounding can make of a merge that changes no weight but by the adapter, and more."""
@@ -77,7 +80,7 @@ def merge_adapter(run: Run, config: RunConfig, console: Console, stage: Trained)
             _free_memory()
             divergence = None
             if references:
-                device = _device_for(written.weight_bytes)
+                device = _device_for(written.weight_bytes / dtype.itemsize, dtype)
                 merged = load_merged(directory, config, dtype=dtype, device=device)
                 divergence = compare_with_trained(merged, references, Path(scratch))
                 del merged
@@ -102,8 +105,9 @@ def merged_model(
         loaded = min(dtype, compute_dtype(config), key=lambda kind: kind.itemsize)
         base = _dequantize(load_base(run, config, chat, quantized=True, dtype=loaded), dtype)
     else:
-        # On the CPU: the 16-bit base need not fit the GPU that trained it in 4 bits.
-        base = load_base(run, config, chat, quantized=False, dtype=dtype, device="cpu")
+        # Where it fits: the 16-bit base need not fit the GPU that trained it in 4 bits.
+        device = _device_for(parameters_of(resolve_base(run, config)), dtype)
+        base = load_base(run, config, chat, quantized=False, dtype=dtype, device=device)
     _free_memory()
     # Not `safe_merge`: it rounds the adapter's part to 16 bits before it adds it.
     merged = attach_adapter(base, adapter).merge_and_unload(progressbar=False)
@@ -143,12 +147,19 @@ def merged_dtype(run: Run, config: RunConfig) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def _device_for(weight_bytes: int) -> str | None:
-    """The CPU for a model that would not fit beside its activations on the GPU."""
+def _device_for(parameters: float | None, dtype: torch.dtype) -> str | None:
+    """The CPU for a model that would not fit the GPU beside what a layer needs at work; None for
+    where models go otherwise.
+
+    Args:
+        parameters: of the model; None where nobody knows.
+        dtype: of its weights.
+    """
     if not torch.cuda.is_available():
         return None
     free, _ = torch.cuda.mem_get_info()
-    return None if weight_bytes * 1.25 < free else "cpu"
+    fits = parameters is not None and parameters * dtype.itemsize * _AT_WORK < free
+    return None if fits else "cpu"
 
 
 def _trained(

@@ -62,7 +62,15 @@ def report(kept: Path) -> DoctorReport:
 
 def test_a_working_machine_passes(report: DoctorReport) -> None:
     found = by_check(report.findings)
-    for check in ("python", "torch", "nf4 kernel", "all-reduce", "write access", "flock"):
+    for check in (
+        "python",
+        "torch",
+        "nf4 kernel",
+        "attention",
+        "all-reduce",
+        "write access",
+        "flock",
+    ):
         assert found[check].mark == "pass", found[check]
     assert found["cuda"].mark == "warn"  # the tests hide GPUs
     assert "gloo" in found["all-reduce"].found
@@ -158,6 +166,16 @@ def test_a_wrong_kernel_matters_where_it_is_used() -> None:
     unused = config_with(model={"base": "builtin:tiny", "quantization": "none"})
     assert devices.nf4(wrong, unused).mark == "warn"
     assert "ImportError" in devices.nf4({"error": "ImportError: no libcudart"}, None).found
+
+
+def test_a_gpu_without_a_kernel_for_packed_rows_is_warned_of() -> None:
+    slow = {"kernel": "rows", "reason": "no varlen: PyTorch 2.8 has none", "dtype": "bfloat16"}
+    finding = devices.attention(slow)
+    assert (finding.mark, "PyTorch 2.8 has none" in finding.found) == ("warn", True)
+    fast = devices.attention({"kernel": "varlen", "reason": "", "dtype": "bfloat16"})
+    assert (fast.mark, fast.found.endswith("in bfloat16")) == ("pass", True)
+    cpu = {"kernel": "rows", "reason": "no GPU", "dtype": "float32"}
+    assert devices.attention(cpu).mark == "pass"
 
 
 # All-reduce

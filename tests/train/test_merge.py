@@ -336,3 +336,16 @@ def test_a_merge_without_evaluation_rows_says_that_it_was_not_compared(adapted: 
     assert "kl_nats" not in counts
     assert "divergence_unknown" in ready.run.log.read_text()
     assert json.loads((ready.run.merged("sft") / MERGE_RECORD).read_text())["divergence"] is None
+
+
+@pytest.mark.parametrize(
+    ("parameters", "free_gib", "device"),
+    [(8e9, 79, None), (8e9, 16, "cpu"), (None, 79, "cpu"), (1e9, 2.4, None), (1e9, 2.3, "cpu")],
+)
+def test_the_base_is_merged_on_the_gpu_where_it_fits(
+    monkeypatch: pytest.MonkeyPatch, parameters: float | None, free_gib: float, device: str | None
+) -> None:
+    free = int(free_gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 * 2**30))
+    assert merge._device_for(parameters, torch.bfloat16) == device

@@ -1,7 +1,8 @@
-"""In a process of its own: what PyTorch sees of this machine, and whether an NF4 kernel runs.
+"""In a process of its own: what PyTorch sees of this machine, and whether its kernels run.
 
 Prints one JSON object. A small matrix is quantised to NF4 with double quantisation, multiplied by
-the kernel that QLoRA trains with, and compared with the product of the dequantised matrix.
+the kernel that QLoRA trains with, and compared with the product of the dequantised matrix. Packed
+rows attend by every kernel that should fit, until one gives what row by row gives.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def main() -> None:
         found["nf4"] = nf4_product("cuda:0" if found["devices"] else "cpu")
     except (ImportError, RuntimeError, NotImplementedError, AttributeError, OSError) as error:
         found["nf4"] = {"error": f"{type(error).__name__}: {error}"}
+    found["attention"] = packed_attention("cuda:0" if found["devices"] else "cpu")
     print(json.dumps(found), flush=True)
 
 
@@ -61,10 +63,7 @@ def nf4_product(device: str) -> dict[str, Any]:
     import torch
     from bitsandbytes import functional
 
-    dtype = torch.float32
-    if device != "cpu":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if bf16 else torch.float16
+    dtype = _half_or_whole(device)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(128, 256, generator=generator).to(device, dtype)  # (out, in)
     rows = torch.randn(8, 256, generator=generator).to(device, dtype)  # (rows, in)
@@ -83,6 +82,28 @@ def nf4_product(device: str) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 3),
         "right": difference <= MOST_DIFFERENCE and rounding <= MOST_ROUNDING,
     }
+
+
+def packed_attention(device: str) -> dict[str, str]:
+    """The kernel that packed rows attend by, with heads like those of an 8B model."""
+    import torch
+
+    from medtrain.attention.trial import Shape, settled
+
+    dtype = _half_or_whole(device)
+    shape = Shape(torch.device(device), dtype, heads=32, kv_heads=8, head_dim=128, windowed=False)
+    kernel, reason = settled(shape)
+    return {"kernel": kernel, "reason": reason, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _half_or_whole(device: str) -> Any:
+    """The precision that a model is best computed with."""
+    import torch
+
+    if device == "cpu":
+        return torch.float32
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float16
 
 
 def _number(value: Any) -> float:

@@ -1,4 +1,4 @@
-"""GPUs and the NF4 kernel: starts `device_task`, and judges what it found.
+"""GPUs, the NF4 kernel and attention: starts `device_task`, and judges what it found.
 
 PyTorch sees GPUs → their memory, bfloat16, the kernel on the first. It sees none, but the driver
 does → the build is the wrong one. Neither → a machine without a GPU, which is fit for everything
@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
+from medtrain.attention.choice import KERNELS
 from medtrain.cluster.checks.asking import Child, ask, start
 from medtrain.cluster.checks.finding import Finding, failed, passed, skipped, warned
 from medtrain.config import RunConfig
@@ -33,8 +34,9 @@ def check_devices(task: Child, config: RunConfig | None) -> list[Finding]:
         return [
             failed("cuda", f"looking at the devices ended badly: {problem}", fix),
             skipped("nf4 kernel", "the devices could not be looked at"),
+            skipped("attention", "the devices could not be looked at"),
         ]
-    return [_cuda(found), nf4(found["nf4"], config)]
+    return [_cuda(found), nf4(found["nf4"], config), attention(found["attention"])]
 
 
 def _cuda(found: dict[str, Any]) -> Finding:
@@ -63,6 +65,15 @@ def _cuda(found: dict[str, Any]) -> Finding:
     if not found["bf16"]:
         return warned("cuda", f"{shown}; no bfloat16", "Set model.dtype=float16.", **facts)
     return passed("cuda", f"{shown}, bf16", **facts)
+
+
+def attention(found: dict[str, Any]) -> Finding:
+    """Judge how packed rows attend: row by row costs a GPU time."""
+    shown = f"packed rows by {found['kernel']}: {KERNELS[found['kernel']]}, in {found['dtype']}"
+    shown += f" ({found['reason']})" if found["reason"] else ""
+    if found["kernel"] == "rows" and found["dtype"] != "float32":
+        return warned("attention", shown, "Install PyTorch 2.10 or newer, or flash-attn.", **found)
+    return passed("attention", shown, **found)
 
 
 def nf4(found: dict[str, Any], config: RunConfig | None) -> Finding:
