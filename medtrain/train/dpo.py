@@ -13,13 +13,13 @@ from typing import Any
 from medtrain.config import RunConfig
 from medtrain.console import Console
 from medtrain.run import Run
+from medtrain.train.evaluating import Fed
 from medtrain.train.feeding import feed_preferences, pair_collate
 from medtrain.train.kto import kto
 from medtrain.train.orpo import orpo
 from medtrain.train.reference import read_reference
 from medtrain.train.rejection import rejection
 from medtrain.train.rows import dpo_rows
-from medtrain.train.step import Fed
 from medtrain.train.trainer_settings import PAIRED
 from medtrain.train.trainers import PreferenceTrainer
 from medtrain.train.training_stage import Method, Prepared, train

@@ -13,9 +13,9 @@ from medtrain.config import TrainingConfig
 from medtrain.errors import DataError
 from medtrain.train.batches import BatchPlan
 from medtrain.train.checkpoints import Plan
+from medtrain.train.evaluating import Fed
 from medtrain.train.loader import Collate, preference_batch, supervised_batch
 from medtrain.train.rows import Part, Rows
-from medtrain.train.step import Fed
 
 Reference = Mapping[str, tuple[float, float]]
 """Pair id → the reference's log probabilities of the chosen and the rejected answer, in nats."""

@@ -31,12 +31,12 @@ from medtrain.train import checkpoints
 from medtrain.train.adapter import AdapterFacts, read_weights
 from medtrain.train.checkpoints import Checkpoint, Plan
 from medtrain.train.continuing import continues, difference
+from medtrain.train.evaluating import EvaluationStoppedError, Fed
 from medtrain.train.going_on import GoingOn, NothingLeftError
 from medtrain.train.guard import LossGuard
 from medtrain.train.model import compute_dtype, out_of_memory
 from medtrain.train.preemption import StopRequest
 from medtrain.train.speed import SpeedMeter
-from medtrain.train.step import EvaluationStoppedError, Fed
 from medtrain.train.telemetry import Telemetry, keep_metrics_until
 
 if TYPE_CHECKING:

@@ -2,8 +2,9 @@
 
 loss of a forward pass → finite in all processes? → else the pass counts for nothing: its loss is
 that of a good one times zero, so that gradients are zeros and every process still takes part
-in what the others do. A loss far above those before it counts as bad too, but is not left out.
-After `max_bad_batches` training stops and names the rows.
+in what the others do. On a GPU nobody waits for the loss of a pass: there the whole step is left
+out (medtrain.train.ahead), and is counted here when it is known. A loss far above those before it
+counts as bad too, but is not left out. After `max_bad_batches` training stops and names the rows.
 """
 
 from __future__ import annotations
@@ -74,6 +75,28 @@ class LossGuard:
                 else f"The first losses of {self._stage} are no numbers",
             )  # fmt: skip
         return other * 0.0
+
+    def bad_loss(self, rows: Sequence[int], step: int, *, whole: bool) -> None:
+        """Count a step that was left out whole, since its loss was no number in some process.
+
+        Args:
+            rows: that this process had of it.
+            step: its number.
+            whole: whether the weights are numbers; where they are not no later loss will be one.
+
+        Raises:
+            MedtrainError: there were more bad steps than allowed, or the weights are broken.
+        """
+        if not whole:
+            self._bad_rows += [self._ids[row] for row in self._everybodys(rows)]
+            raise self._stop(step, f"The weights of {self._stage} have become no numbers")
+        never = not self._losses and self.bad == self._allowed > 0
+        self._note(
+            rows, step,
+            f"The first losses of {self._stage} are no numbers" if never
+            else f"The loss was no number in {{}} of {self._stage}",
+            "step",
+        )  # fmt: skip
 
     def step_done(self, loss: float, rows: Sequence[int], step: int) -> None:
         """Look at the mean loss of a step, which must be the same in all processes.

@@ -21,8 +21,11 @@ from trl import KTOTrainer
 from medtrain.config import RunConfig
 from medtrain.data.examples import read_preferences
 from medtrain.run import Run
+from medtrain.train.evaluating import EvaluationStoppedError, Fed
 from medtrain.train.feeding import feed_preferences, with_sums
 from medtrain.train.loader import Forward, StepBatch, unpaired_batch
+from medtrain.train.losses.computed import Computed
+from medtrain.train.losses.unpaired import Weights, unpaired
 from medtrain.train.mismatch import Answered, mismatched, mismatched_id
 from medtrain.train.packed import PackedForward
 from medtrain.train.reference import read_reference
@@ -36,9 +39,8 @@ from medtrain.train.rows import (
     refuse_no_pairs,
     split_rows,
 )
-from medtrain.train.step import EvaluationStoppedError, Fed
 from medtrain.train.trainer_settings import UNPAIRED
-from medtrain.train.trainers import AnswerTrainer
+from medtrain.train.trainers import AnswerTrainer, answers_scored, computed_by_trl
 from medtrain.train.training_stage import Method, Prepared
 
 if TYPE_CHECKING:
@@ -149,6 +151,13 @@ class UnpairedTrainer(AnswerTrainer, KTOTrainer):  # type: ignore[misc]
         total = self.accelerator.reduce(sums, reduction="sum")
         mean: torch.Tensor = total[:1] / total[1:]
         return mean.float()
+
+    def computed(self, model: Any, inputs: Any, items: torch.Tensor | None) -> Computed:
+        """KTO's loss, or what TRL makes of settings that ask for more."""
+        if self.loss_type != "kto" or self.aux_loss_enabled:
+            return computed_by_trl(self, KTOTrainer, model, inputs, items)
+        weights = Weights(self.beta, self.desirable_weight, self.undesirable_weight)
+        return unpaired(answers_scored(model, inputs), inputs, self._divergence, weights)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         # TRL subtracts the reference's sums of the mismatched pairs; that has been done.

@@ -8,7 +8,7 @@ the tensors is a few integers; what is computed of it is up to the forward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medtrain.train.batches import BatchPlan
 from medtrain.train.packed import pack
+from medtrain.train.reading import pinned
 from medtrain.train.rows import IGNORED
 
 Inputs = dict[str, Any]
@@ -199,6 +200,12 @@ def forward_of(dataset: Any, rows: Sequence[int], collate: Collate) -> Forward:
     first = dataset[0]
     silent = {"input_ids": first["input_ids"][:2], "labels": [IGNORED] * 2}
     return Forward(collate([silent]), ())
+
+
+def in_pinned_memory(batch: StepBatch) -> StepBatch:
+    """A batch whose tensors a GPU can fetch while the host goes on."""
+    forwards = (replace(each, inputs=pinned(each.inputs)) for each in batch.forwards)
+    return replace(batch, forwards=tuple(forwards))
 
 
 def _only(batch: list[StepBatch]) -> StepBatch:

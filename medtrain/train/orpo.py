@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch.nn.functional import logsigmoid
 
+from medtrain.train.evaluating import Fed
 from medtrain.train.feeding import feed_preferences, pair_collate
-from medtrain.train.rows import IGNORED, dpo_rows
-from medtrain.train.step import Fed
+from medtrain.train.losses.computed import Computed, mean
+from medtrain.train.losses.preference import reward_figures
+from medtrain.train.rows import dpo_rows
 from medtrain.train.trainer_settings import PAIRED
-from medtrain.train.trainers import PreferenceTrainer
+from medtrain.train.trainers import PreferenceTrainer, answers_scored
 from medtrain.train.training_stage import Method, Prepared
 
 _CERTAIN = -1e-6
@@ -45,41 +47,21 @@ def _feed(stage: Prepared) -> Fed:
 class OddsRatioTrainer(PreferenceTrainer):
     """TRL's DPOTrainer with ORPO's loss."""
 
-    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+    def computed(self, model: Any, inputs: Any, items: torch.Tensor | None) -> Computed:
+        """ORPO's loss; its rewards are as TRL's ORPOTrainer has them."""
         answer = inputs["completion_mask"]
-        passed = {key: value for key, value in inputs.items() if key != "completion_mask"}
-        outputs = model(
-            **passed,
-            labels=inputs["input_ids"].masked_fill(answer == 0, IGNORED),
-            use_cache=False,
-            fused_lm_head=True,
-        )
+        outputs = answers_scored(model, inputs)
         # (rows, length - 1) → (rows,): chosen answers, then the rejected ones
         means = outputs.log_probs.float().sum(dim=1) / answer[:, 1:].sum(dim=1)
         chosen, rejected = means.chunk(2)
-        losses = odds_ratio_losses(chosen, rejected, self.beta)
-        self._note(chosen.detach(), rejected.detach(), inputs["attention_mask"].sum())
-        loss = losses.mean()
-        return (loss, outputs) if return_outputs else loss
-
-    def _note(self, chosen: torch.Tensor, rejected: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Add to the figures of the next line of metrics; rewards are as TRL's ORPOTrainer has."""
-        mode = "train" if self.model.training else "eval"
         figures = {
-            "nll_loss": -chosen,
-            "logps/chosen": chosen,
-            "logps/rejected": rejected,
-            "rewards/chosen": self.beta * chosen,
-            "rewards/rejected": self.beta * rejected,
-            "rewards/margins": self.beta * (chosen - rejected),
-            "rewards/accuracies": (chosen > rejected).float(),
+            "nll_loss": mean(-chosen),
+            "logps/chosen": mean(chosen),
+            "logps/rejected": mean(rejected),
+            **reward_figures(self.beta * chosen.detach(), self.beta * rejected.detach()),
         }
-        noted = self._metrics[mode]
-        for name, values in figures.items():
-            noted[name].append(self.accelerator.gather(values).mean().item())
-        if mode == "train":
-            self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
-        noted["num_tokens"] = [self._total_train_tokens]
+        loss = odds_ratio_losses(chosen, rejected, self.beta).mean()
+        return Computed(loss, figures, inputs["attention_mask"].sum())
 
 
 def odds_ratio_losses(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:

@@ -11,9 +11,9 @@ from typing import Any
 from medtrain.config import RunConfig
 from medtrain.console import Console
 from medtrain.run import Run
+from medtrain.train.evaluating import Fed
 from medtrain.train.feeding import feed_supervised
 from medtrain.train.rows import sft_rows
-from medtrain.train.step import Fed
 from medtrain.train.trainer_settings import SUPERVISED
 from medtrain.train.trainers import SupervisedTrainer
 from medtrain.train.training_stage import Method, Prepared, train

@@ -3,52 +3,43 @@
 To transformers, a "batch" is here a whole optimiser step (`StepBatch`): its forward passes, as few
 as their tokens need, are run one after another and their gradients added up, and only the last one
 is shared between processes. Losses that are no number are left out, requests to stop are agreed on,
-and evaluations weigh every token (or pair) alike.
+and evaluations weigh every token (or pair) alike. On a GPU no step waits for what it computes: the
+host reads batches ahead (medtrain.train.reading) and learns late what steps came to
+(medtrain.train.ahead); only a line of metrics, an evaluation or a checkpoint makes it wait.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from transformers.trainer_utils import EvalLoopOutput
 
-from medtrain.train.batches import BatchPlan
+from medtrain.train.ahead import Ahead, bare, runs_ahead, watch
+from medtrain.train.evaluating import EvaluatingTrainer, Fed
+from medtrain.train.figures import Figures
 from medtrain.train.guard import LossGuard
-from medtrain.train.loader import Collate, Forward, StepBatch, StepLoader, forward_of
+from medtrain.train.loader import (
+    Forward,
+    StepBatch,
+    StepLoader,
+    forward_of,
+    in_pinned_memory,
+)
+from medtrain.train.losses.computed import Computed
 from medtrain.train.packed import PackedForward
 from medtrain.train.preemption import StopRequest
+from medtrain.train.reading import ReadAhead
 from medtrain.train.speed import SpeedMeter
 
-
-class EvaluationStoppedError(Exception):
-    """An evaluation was left in the middle, because training is to stop."""
-
-
-class Fed(NamedTuple):
-    """What a trainer is fed with."""
-
-    dataset: Any
-    """A datasets.Dataset of token ids."""
-    validation: Any | None
-    plan: BatchPlan
-    collate: Collate
-    ids: Sequence[str]
-    """Of the dataset's rows."""
-    items: Sequence[int] | None
-    """Tokens with a loss of every row; None where the loss is a mean over rows."""
-    eval_plan: BatchPlan | None
-    eval_items: Sequence[int] | None = None
-    autocast: torch.dtype | None = None
-    """Precision of forward passes where weights are in another; None for theirs."""
+_READ_AHEAD_FOR = ("cuda",)
+"""Kinds of devices that compute while the host reads."""
 
 
-class StepTrainer:
+class StepTrainer(EvaluatingTrainer):
     """Mixed into TRL's trainers, before them."""
 
     model: Any
@@ -58,17 +49,21 @@ class StepTrainer:
     control: Any
     accelerator: Any
     train_dataset: Any
+    optimizer: Any
     current_gradient_accumulation_steps: int
-    _metrics: dict[str, Any]
-    _total_train_tokens: int
 
     def feed(self, fed: Fed, stop: StopRequest, guard: LossGuard, meter: SpeedMeter) -> None:
         """Take what training reads from, once TRL's constructor is through."""
         self.fed, self.stop, self.guard, self.meter = fed, stop, guard, meter
         self.stopped = False
         """Whether training ended because it was asked to."""
+        self.figures = {mode: Figures(self.args.device) for mode in ("train", "eval")}
         self._last_good: Forward | None = None
         self._current: Forward | None = None
+        self._ahead: Ahead | None = None
+        """Set in the first step, where the host runs ahead of the device."""
+        self._reading: ReadAhead[StepBatch] | None = None
+        self._rows_of_step: list[int] = []
 
     # Reading
 
@@ -83,34 +78,33 @@ class StepTrainer:
             workers=self.args.dataloader_num_workers,
         )
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> list[tuple[Forward, float]]:
-        """This process's forward passes of an evaluation, and what each of them counts for."""
-        plan = self.fed.eval_plan
-        assert plan is not None, "there is no evaluation without validation rows"
-        rows = list(range(len(plan.lengths)))
-        shared, alone = (rows, []) if self.fed.items else plan.shared_and_alone(rows)
-        dealt = plan.deal(shared)[self.accelerator.process_index] if shared else []
-        counted = [(mine, self._weight(mine)) for mine in dealt]
-        # All processes compute the few rows that cannot be dealt evenly, and each counts its share.
-        counted += [([row], self._weight([row]) / plan.processes) for row in alone]
-        return [
-            (forward_of(self.fed.validation, mine, self.fed.collate), weight)
-            for mine, weight in counted
-        ]
-
-    def _weight(self, rows: Sequence[int]) -> float:
-        items = self.fed.eval_items
-        return float(sum(items[row] for row in rows) if items is not None else len(rows))
-
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[StepBatch], torch.Tensor | None]:
         """The next step, and its tokens with a loss in all processes."""
         began = time.perf_counter()
-        batches = list(islice(epoch_iterator, num_batches))
+        batches = list(islice(self._read_ahead(epoch_iterator), num_batches))
         self.meter.waited(time.perf_counter() - began)
         counted = self.fed.items is not None and batches
-        return batches, torch.tensor(batches[0].items, device=device) if counted else None
+        # Filled in on the device: a copy from the host would wait for it.
+        return batches, torch.full((), batches[0].items, device=device) if counted else None
+
+    def _read_ahead(self, steps: Any) -> Any:
+        """An epoch's steps, by a thread where there is a GPU to keep busy meanwhile."""
+        if self.args.device.type not in _READ_AHEAD_FOR:
+            return steps
+        if self._reading is None or self._reading.source is not steps:
+            self._stop_reading()
+            pin = self.args.dataloader_pin_memory and torch.cuda.is_available()
+            self._reading = ReadAhead(
+                steps, in_pinned_memory if pin else None, device=self.args.device
+            )
+        return self._reading
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Move to the device, and leave dtypes alone: DeepSpeed's dtype would round sums."""
@@ -124,7 +118,7 @@ class StepTrainer:
 
     def compute_loss_context_manager(self) -> Any:
         """The precision of forward passes, which accelerate does not see to under DeepSpeed."""
-        contexts = super().compute_loss_context_manager()  # type: ignore[misc]
+        contexts = super().compute_loss_context_manager()
         if self._is_deepspeed and self.fed.autocast is not None:
             contexts.enter_context(torch.autocast(self.args.device.type, self.fed.autocast))
         return contexts
@@ -133,6 +127,8 @@ class StepTrainer:
         self, model: Any, batch: StepBatch, num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Run a step's forward and backward passes; the loss is this process's share."""
+        if self._current is None:
+            self._ahead = self._made_ahead()
         self.current_gradient_accumulation_steps = len(batch.forwards)
         total = torch.zeros((), device=self.args.device)
         for number, forward in enumerate(batch.forwards, start=1):
@@ -146,10 +142,23 @@ class StepTrainer:
                 )
             self.meter.computed(forward)
         self._rows_of_step = [row for forward in batch.forwards for row in forward.rows]
-        mean = self._mean_over_processes(total)
-        self.guard.step_done(mean, self._rows_of_step, self.state.global_step + 1)
         self.meter.step_done()
-        return total
+        return self._judged(total)
+
+    def _made_ahead(self) -> Ahead | None:
+        if not runs_ahead(self):
+            return None
+        return Ahead(bare(self.optimizer), self.args.device, self.accelerator.num_processes)
+
+    def _judged(self, total: torch.Tensor) -> torch.Tensor:
+        """A step's loss as it counts, in this process."""
+        if self._ahead is None:
+            mean = float(self.accelerator.reduce(total.detach(), reduction="mean"))
+            self.guard.step_done(mean, self._rows_of_step, self.state.global_step + 1)
+            return total
+        good = self._ahead.loss(total, asked=self.stop.here)
+        self.figures["train"].end_step(good)
+        return torch.where(good, total, torch.zeros_like(total))
 
     def compute_loss(
         self,
@@ -157,47 +166,41 @@ class StepTrainer:
         inputs: Any,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
-    ) -> Any:
-        """TRL's loss of a forward pass, packed where the inputs are; in training it is checked."""
-        computed = super().compute_loss  # type: ignore[misc]
+    ) -> torch.Tensor:
+        """The loss of a forward pass, packed where the inputs are; in training it is checked."""
+        assert not return_outputs, "there are no logits"
         packed = PackedForward(model)
+        computed = self.computed(packed, inputs, num_items_in_batch)
         if not self.model.training or self._current is None:
-            return computed(packed, inputs, return_outputs, num_items_in_batch)
+            self.figures["eval"].add(computed)
+            return computed.loss
+        if self._ahead is not None:
+            self.figures["train"].add_to_step(computed)
+            return computed.loss
         forward = self._current
-        before = self._figures_known()
 
         def instead() -> torch.Tensor:
             again = self._prepare_inputs(dict(self._good_forward(forward).inputs))
             # Dropout's draws go on as if this had not been: it depends on what came before.
             with torch.random.fork_rng(_gpus(self.args.device)):
-                result: torch.Tensor = computed(
-                    packed, again, num_items_in_batch=num_items_in_batch
-                )
-            return result
+                return self.computed(packed, again, num_items_in_batch).loss
 
-        loss = computed(packed, inputs, return_outputs, num_items_in_batch)
-        checked = self.guard.checked(loss, forward.rows, instead, self.state.global_step + 1)
-        if checked is loss:
+        step = self.state.global_step + 1
+        checked = self.guard.checked(computed.loss, forward.rows, instead, step)
+        if checked is computed.loss:
             self._last_good = forward
-        else:
-            self._forget_figures(*before)
+            self.figures["train"].add(computed)
         return checked
 
-    def _figures_known(self) -> tuple[dict[str, int], int]:
-        """How many figures of each kind TRL's loss has noted, and how many tokens."""
-        kept = self._metrics["train"]
-        return {name: len(figures) for name, figures in kept.items()}, self._total_train_tokens
+    def computed(self, model: Any, inputs: Any, items: torch.Tensor | None) -> Computed:
+        """The loss of a forward pass with its figures, nothing of which is read.
 
-    def _forget_figures(self, known: dict[str, int], tokens: int) -> None:
-        """Forget what a batch that is left out has added: a mean with it would be no number."""
-        kept = self._metrics["train"]
-        for name in list(kept):
-            kept[name] = kept[name][: known.get(name, 0)]
-            if not kept[name]:
-                del kept[name]
-        if "num_tokens" in kept:
-            kept["num_tokens"] = [tokens]
-        self._total_train_tokens = tokens
+        Args:
+            model: as it is wrapped for training, and called.
+            inputs: of the pass, on the device.
+            items: () tokens with a loss in the whole step, of all processes.
+        """
+        raise NotImplementedError
 
     def _good_forward(self, bad: Forward) -> Forward:
         """The last one whose loss was a number; before there is one, that of a row outside."""
@@ -206,59 +209,42 @@ class StepTrainer:
         rows = (row for row in range(len(self.fed.dataset)) if row not in bad.rows)
         return forward_of(self.fed.dataset, [next(rows, 0)], self.fed.collate)
 
-    def _clip_grad_norm(self, model: Any) -> Any:
-        """Clip, and leave out a gradient that is no number, as long as the guard allows it."""
-        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
-        if norm is not None and not bool(torch.isfinite(torch.as_tensor(norm))):
-            scaler = self.accelerator.scaler
-            if self.args.fp16 and (scaler is None or scaler.get_scale() > 1):
-                return norm  # the scaler leaves the step out and scales losses less
-            self.guard.bad_gradient(self._rows_of_step, self.state.global_step + 1)
-            if self._is_deepspeed:
-                return norm  # it has left the step out, or the next loss will show that it has not
-            self.optimizer.zero_grad()  # type: ignore[attr-defined]
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Leave out a gradient that is no number, as long as the guard allows it."""
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
+        if self._ahead is not None:
+            self._ahead.launch(norm, self._rows_of_step, self.state.global_step + 1)
+        elif norm is not None and not bool(torch.isfinite(torch.as_tensor(norm))):
+            self._leave_out_gradient()
         return norm
+
+    def _leave_out_gradient(self) -> None:
+        scaler = self.accelerator.scaler
+        if self.args.fp16 and (scaler is None or scaler.get_scale() > 1):
+            return  # the scaler leaves the step out and scales losses less
+        self.guard.bad_gradient(self._rows_of_step, self.state.global_step + 1)
+        if not self._is_deepspeed:  # which has done so, or the next loss will show it has not
+            self.optimizer.zero_grad()
+
+    def _learn_of_steps(self, *, all_of_them: bool) -> bool:
+        """Look at the steps that the host ran ahead of; whether training is told to stop.
+
+        Raises:
+            MedtrainError: too many of them were bad.
+        """
+        known = [] if self._ahead is None else self._ahead.known(all_of_them=all_of_them)
+        watch(known, self.guard, self._weights_are_numbers)
+        if self._ahead is None or self.accelerator.num_processes == 1:
+            return self.stop.agreed(self.args.device)
+        return any(each.asked for each in known)
+
+    def _weights_are_numbers(self) -> bool:
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        return all(bool(torch.isfinite(p).all()) for p in trained)
 
     @property
     def _is_deepspeed(self) -> bool:
         return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
-
-    def _mean_over_processes(self, loss: torch.Tensor) -> float:
-        return float(self.accelerator.reduce(loss.detach(), reduction="mean"))
-
-    # Evaluating
-
-    def evaluation_loop(
-        self,
-        dataloader: list[tuple[Forward, float]],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """The mean loss of a token, or of a pair, over all validation rows.
-
-        Raises:
-            EvaluationStoppedError: training is to stop; in all processes.
-        """
-        model = self.model_wrapped
-        model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
-        for forward, weight in dataloader:
-            if self.stop.agreed(self.args.device):
-                raise EvaluationStoppedError
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(model, self._prepare_inputs(dict(forward.inputs)))
-            if weight:
-                sums += torch.tensor([float(loss) * weight, weight], dtype=torch.float64)
-        total = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
-        rows = len(self.fed.eval_plan.lengths) if self.fed.eval_plan else 0
-        return EvalLoopOutput(
-            predictions=None,
-            label_ids=None,
-            metrics={f"{metric_key_prefix}_loss": float(total[0] / total[1])},
-            num_samples=rows,
-        )
 
 
 def _gpus(device: torch.device) -> list[torch.device]:

@@ -83,7 +83,7 @@ def inputs_of(trainer: Any, count: int = 4) -> Inputs:
 
 def loss_of(trainer: Any, inputs: Inputs) -> float:
     with torch.no_grad():
-        return float(trainer._compute_loss(PackedForward(trainer.model), inputs, False))
+        return float(trainer.computed(PackedForward(trainer.model), inputs, None).loss)
 
 
 def plain(trainer: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
@@ -307,10 +307,10 @@ def preference(ready: Ready, stage: Trained) -> tuple[float, float]:
     rows = []
     for pair in list(read_jsonl(ready.run.preferences))[:8]:
         encoded = ready.chat.encode_preference(pair["prompt"], pair["chosen"], pair["rejected"])
-        rows += [Row(encoded.prompt_ids, encoded.chosen_ids)]
-        rows += [Row(encoded.prompt_ids, encoded.rejected_ids)]
+        rows += [Row.answering(encoded.prompt_ids, encoded.chosen_ids)]
+        rows += [Row.answering(encoded.prompt_ids, encoded.rejected_ids)]
     means = torch.tensor(
-        [nats / len(row.answer_ids) for nats, row in zip(scorer.sums(rows), rows, strict=True)]
+        [nats / sum(row.scored) for nats, row in zip(scorer.sums(rows), rows, strict=True)]
     )
     chosen, rejected = means[::2].mean(), means[1::2].mean()
     return float(chosen), float(chosen - rejected)

@@ -374,16 +374,16 @@ def test_a_whole_adapter_is_not_refused(tmp_path: Path) -> None:
 def test_a_trainer_that_saves_empty_tensors_is_stopped(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from medtrain.train import trainers
+    from medtrain.train import adapter_trainer
 
-    write = trainers.write_adapter
+    write = adapter_trainer.write_adapter
 
     def sharded(model: Any, directory: Path, **options: Any) -> None:
         write(model, directory, **options)
         weights = load_file(directory / WEIGHTS_FILE)
         save_file({name: w[:0] for name, w in weights.items()}, directory / WEIGHTS_FILE)
 
-    monkeypatch.setattr(trainers, "write_adapter", sharded)
+    monkeypatch.setattr(adapter_trainer, "write_adapter", sharded)
     ready = make_run(sft={"max_steps": 2})
     with pytest.raises(MedtrainError, match="was not saved as it should be"):
         train(ready, "sft")

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from trl import SFTTrainer
 
 from medtrain.errors import MedtrainError
 from medtrain.run import Trained
@@ -18,9 +17,11 @@ from medtrain.train import dpo
 from medtrain.train.adapter import WEIGHTS_FILE
 from medtrain.train.batches import BatchPlan
 from medtrain.train.guard import LossGuard
+from medtrain.train.losses.computed import Computed
 from medtrain.train.reference import read_reference
 from medtrain.train.rows import dpo_rows, sft_rows
 from medtrain.train.step import StepTrainer
+from medtrain.train.trainers import SupervisedTrainer
 from tests.train.conftest import MakeRun, Ready, adapter_bytes
 from tests.train.training import metrics, stopped_at, train
 
@@ -50,18 +51,18 @@ def infinite_gradient(loss: torch.Tensor) -> torch.Tensor:
 def spoilt(monkeypatch: pytest.MonkeyPatch, row: dict[str, Any], spoil: Spoil) -> None:
     """Spoil the loss of every forward pass in training that has a row."""
     ids = torch.tensor(row["input_ids"])
-    original = SFTTrainer.compute_loss
+    original = SupervisedTrainer.computed
 
     def has_it(inputs: Any) -> bool:
         found = inputs["input_ids"][:, : len(ids)]
         return found.shape[1] == len(ids) and bool((found == ids).all(dim=1).any())
 
-    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        bad = has_it(inputs)
-        loss = original(self, model, inputs, *args, **kwargs)
-        return spoil(loss) if bad and self.model.training else loss
+    def computed(self: Any, model: Any, inputs: Any, items: Any) -> Computed:
+        made = original(self, model, inputs, items)
+        bad = has_it(inputs) and self.model.training
+        return made._replace(loss=spoil(made.loss)) if bad else made
 
-    monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(SupervisedTrainer, "computed", computed)
 
 
 def row_of_step(ready: Ready, step: int) -> tuple[dict[str, Any], str]:
@@ -269,7 +270,7 @@ class _Scaler:
 
 
 class _Clips:
-    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> torch.Tensor:
         return torch.tensor(math.inf)
 
 
@@ -286,7 +287,8 @@ def test_overflows_that_a_scaler_looks_for_are_not_bad(scale: float, bad: int) -
             self.optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
             self.guard = guard_of()
             self._rows_of_step = [0]
+            self._ahead = None
 
     trainer = Trainer()
-    trainer._clip_grad_norm(None)
+    trainer._get_grad_norm(None)
     assert trainer.guard.bad == bad

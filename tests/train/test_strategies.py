@@ -153,17 +153,17 @@ def test_two_processes_learn_what_one_does_and_go_on_exactly(
 
 _SPOILT = """
 import os
-import trl
-theirs, spoilt = trl.SFTTrainer.compute_loss, []
+from medtrain.train.trainers import SupervisedTrainer
+theirs, spoilt = SupervisedTrainer.computed, []
 
-def compute_loss(self, model, *args, **kwargs):
-    loss = theirs(self, model, *args, **kwargs)
+def computed(self, model, inputs, items):
+    made = theirs(self, model, inputs, items)
     if os.environ["RANK"] == "1" and self.state.global_step == 3 and model.training and not spoilt:
-        spoilt.append(loss)
-        return loss * float("nan")
-    return loss
+        spoilt.append(made)
+        return made._replace(loss=made.loss * float("nan"))
+    return made
 
-trl.SFTTrainer.compute_loss = compute_loss
+SupervisedTrainer.computed = computed
 from medtrain.cli import main
 main()
 """
