@@ -230,6 +230,7 @@ class _Reference:
     def load(self) -> AnswerScorer:
         from medtrain.train.adapter import attach_adapter
         from medtrain.train.fused_lora import fuse_where_it_fits
+        from medtrain.train.liger import put_liger_on, uses_liger
         from medtrain.train.log_probs import AnswerScorer
         from medtrain.train.model import compute_dtype, load_base, packs
 
@@ -238,6 +239,8 @@ class _Reference:
             nf4, packed = config.model.quantization == "nf4", packs(run, config, "dpo")
             base = load_base(run, config, self._chat, quantized=nf4, packed=packed)
             adapted = attach_adapter(base, run.adapter("sft"))
+            if uses_liger(config):
+                put_liger_on(adapted.get_base_model())
             fuse_where_it_fits(adapted, config, config.train.strategy)
             self._scorer = AnswerScorer(adapted, compute_dtype(config), packed=packed)
         return self._scorer

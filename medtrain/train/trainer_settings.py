@@ -6,7 +6,6 @@ then `trainer:` as it is → the TRL config, with its complaints as ConfigError.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from medtrain.memory import Choice, architecture_of, choose_under
 from medtrain.memory.work import FUSED
 from medtrain.run import Run, Trained
 from medtrain.train.checkpoints import Plan
+from medtrain.train.liger import uses_liger
 from medtrain.train.model import compute_dtype
 from medtrain.train.preemption import any_process
 
@@ -167,7 +167,7 @@ def _shared(
         "ddp_find_unused_parameters": False,
         "ddp_broadcast_buffers": False,
         "ddp_backend": "gloo" if not on_gpu and "RANK" in os.environ else None,
-        "use_liger_kernel": _liger(config),
+        "use_liger_kernel": uses_liger(config),
         "torch_compile": config.train.compile is True,
         "log_level": "error",
         "log_level_replica": "error",
@@ -183,16 +183,6 @@ def _trackers(run: Run, config: RunConfig, stage: Trained) -> list[str] | str:
     if "tensorboard" in config.train.trackers:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.logs / "tensorboard" / stage))
     return list(config.train.trackers) or "none"
-
-
-def _liger(config: RunConfig) -> bool:
-    """Whether Liger's kernels are used: as told, or where there is a GPU and they are installed."""
-    wanted, installed = config.train.liger, importlib.util.find_spec("liger_kernel") is not None
-    if wanted is True and not torch.cuda.is_available():
-        raise ConfigError(
-            "train.liger=true needs a GPU", fix="Leave train.liger at auto: it is off on a CPU."
-        )
-    return bool(wanted) and installed and torch.cuda.is_available()
 
 
 def checkpoints_activations(run: Run, config: RunConfig, stage: Trained, plan: Plan) -> bool:

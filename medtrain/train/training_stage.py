@@ -18,8 +18,8 @@ from medtrain.console import Console
 from medtrain.data.tokenizer import load_chat_tokenizer
 from medtrain.run import Run, Trained
 from medtrain.train.adapter import add_adapter, attach_adapter, read_weights
-from medtrain.train.attention_log import tell_attention
 from medtrain.train.checkpoints import Plan
+from medtrain.train.computing import tell_attention, warn_of_float32
 from medtrain.train.evaluating import Fed
 from medtrain.train.fit import Fit
 from medtrain.train.fsdp import refuse_new_tokens
@@ -89,6 +89,7 @@ def train(
             run, config, chat, quantized=config.model.quantization == "nf4", packed=packed
         )
         tell_attention(base, stage, console, packed=packed)
+        warn_of_float32(config, stage, console)
         if stage == "sft":
             model, before = add_adapter(base, config.sft.lora, chat, seed=config.seed), None
         else:

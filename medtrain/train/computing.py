@@ -1,12 +1,16 @@
-"""Which attention a loaded model computes with, for a run's log."""
+"""What a stage computes with, for a run's log and for whom it is slow."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from medtrain.attention.choice import KERNELS
 from medtrain.attention.packed import kernel_of
+from medtrain.config import RunConfig
 from medtrain.console import Console
+from medtrain.train.model import compute_dtype
 
 
 def tell_attention(model: Any, stage: str, console: Console, *, packed: bool) -> None:
@@ -33,5 +37,23 @@ def tell_attention(model: Any, stage: str, console: Console, *, packed: bool) ->
             "attention_slow",
             f"{stage}: packed rows attend one after another ({reason}), which costs a GPU time; "
             f"{KERNELS['varlen']} needs PyTorch 2.10 and 16 bits",
+            stage=stage,
+        )
+
+
+def warn_of_float32(config: RunConfig, stage: str, console: Console) -> None:
+    """Say it where `model.dtype: auto` leaves a GPU's tensor cores idle.
+
+    Args:
+        config: the run's.
+        stage: for the log.
+        console: whose log it is.
+    """
+    automatic = config.model.dtype == "auto"
+    if automatic and torch.cuda.is_available() and compute_dtype(config) == torch.float32:
+        console.warn(
+            "computes_in_float32",
+            f"{stage}: this GPU has no bfloat16, so model.dtype=auto computes in float32, several "
+            "times slower than in 16 bits: set model.dtype=float16",
             stage=stage,
         )
