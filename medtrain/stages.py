@@ -79,7 +79,7 @@ def _train(stage: Trained, title: str, reads: Artefacts) -> Stage:
     )  # fmt: skip
 
 
-_ENGINE_IGNORES = ("base_url", "api_key_env", "batch_size", "num_shards")
+_ENGINE_IGNORES = ("base_url", "api_key_env", "batch_size", "decoding", "num_shards")
 _JUDGE_IGNORES = (
     "judge.base_url", "judge.api_key_env", "judge.concurrency", "judge.timeout_s",
     "judge.max_retries", "judge.max_failed_fraction", "judge.num_shards",

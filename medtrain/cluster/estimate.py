@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from medtrain.cluster.chain import ChainJob, phase_of
+from medtrain.cluster.decoding import Decoders, Decoding, decoding_s
 from medtrain.cluster.hardware import Hardware
 from medtrain.cluster.ledger import Step
 from medtrain.cluster.workload import (
@@ -27,7 +28,12 @@ from medtrain.cluster.workload import (
     words,
 )
 from medtrain.config import GenerateConfig, RunConfig, VariantConfig
-from medtrain.gpus import LOAD_BYTES_PER_S, START_S, STEP_FLOOR_S, parameters_of
+from medtrain.gpus import (
+    LOAD_BYTES_PER_S,
+    START_S,
+    STEP_FLOOR_S,
+    parameters_of,
+)
 from medtrain.lineage import Standing
 from medtrain.run import Run, Trained
 from medtrain.shards import Request
@@ -207,14 +213,14 @@ class Estimator:
             or len(known) < len(models)
         ):
             return Took(None, "unknown", note=note)
-        gpu, floor = self.hardware.gpu(job.kind), STEP_FLOOR_S[section.engine]
-        dtype, each = self.config.model.dtype, self.hardware.bytes_each(job.kind)
-        together = min(section.batch_size, rows)
-        seconds = 0.0
-        for parameters in known:
-            a_step = gpu.decode_step_s(parameters, each, together * samples, floor, dtype)
-            seconds += ceil(rows / together) * section.max_new_tokens * a_step
-            seconds += gpu.compute_s(2 * parameters * rows * self.sizes.prompt_tokens, dtype)
+        work = Decoding(section, rows, samples, self.sizes.prompt_tokens)
+        machine = Decoders(
+            self.hardware.gpu(job.kind),
+            self.hardware.architecture,
+            self.config.model.dtype,
+            self.hardware.bytes_each(job.kind),
+        )
+        seconds = sum(decoding_s(work, machine, parameters) for parameters in known)
         return Took(seconds * share, "estimated", self.hardware.load_s(job.kind, max(known)), note)
 
     def _models(self, stage: str) -> list[float | None]:

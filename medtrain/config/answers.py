@@ -8,6 +8,10 @@ from pydantic import Field, model_validator
 
 from medtrain.config.base import Section
 
+AUTO_PROMPTS = 16
+"""Prompts of a batch where `batch_size` is `auto`: shards are never smaller than a batch."""
+AUTO_VLLM_PROMPTS = 256
+"""The same with vLLM, to which a batch is a call."""
 _RESERVED_VARIANTS = {"base", "sft", "dpo", "judge", "scores.json", "rows.jsonl"}
 
 
@@ -20,8 +24,24 @@ class EngineConfig(Section):
     """The endpoint of engine `openai`, such as http://127.0.0.1:8000/v1."""
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable that holds the endpoint's key."""
-    batch_size: int = Field(16, ge=1)
-    """Prompts answered at a time; at an endpoint, requests in flight. vLLM wants hundreds."""
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Prompts answered at a time; at an endpoint, requests in flight. `auto`: as many answers as a
+    GPU's memory allows, 16 prompts on a CPU, 256 with vLLM, 16 requests at an endpoint. Where
+    memory runs out, it goes on with half as many."""
+    decoding: Literal["auto", "batches"] = "auto"
+    """Of engine `transformers`. `auto`: on a GPU all rows go on at once, step by step by a CUDA
+    graph, where the model allows it. `batches`: one batch after the other, as on a CPU."""
+
+    @property
+    def prompts_together(self) -> int:
+        """Prompts that a plan lays together in a batch; at an endpoint, requests in flight.
+
+        The same on every machine, whatever `auto` finds there: a plan is made on one machine and
+        computed on others.
+        """
+        if self.batch_size != "auto":
+            return self.batch_size
+        return AUTO_VLLM_PROMPTS if self.engine == "vllm" else AUTO_PROMPTS
 
 
 class GenerateConfig(EngineConfig):

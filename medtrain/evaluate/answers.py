@@ -61,7 +61,7 @@ class VariantAnswers:
 
 
 def answers_of(
-    run: Run, config: RunConfig, variant: Variant, examples: Sequence[Example]
+    run: Run, config: RunConfig, variant: Variant, examples: Sequence[Example], console: Console
 ) -> ShardSet:
     """One variant's answers as a shard set."""
     return answer_shards(
@@ -76,6 +76,7 @@ def answers_of(
         key=f"answers.{variant.name}",
         title=f"answer {variant.name}",
         measured_in=run.generate,
+        console=console,
     )
 
 

@@ -75,7 +75,7 @@ def evaluate(
     if config.evaluate.bertscore_model is not None:
         require_encoder(config.evaluate.bertscore_model)
     with _judging(config) as judge:
-        with _answering(run, config) as answering:
+        with _answering(run, config, console) as answering:
             drive(answering.phase, console)
         answered = [_read(run, config, console, v, answering.phase) for v in answering.variants]
         verdicts = Verdicts()
@@ -91,7 +91,7 @@ def evaluate(
 @contextmanager
 def phase_of_answers(run: Run, config: RunConfig) -> Iterator[Phase]:
     """The first phase of `evaluate`: the variants' answers, and their held-out losses."""
-    with _answering(run, config) as answering:
+    with _answering(run, config, Console(run.log)) as answering:
         yield answering.phase
 
 
@@ -132,14 +132,14 @@ def _judging(config: RunConfig) -> Iterator[Judge | None]:
 
 
 @contextmanager
-def _answering(run: Run, config: RunConfig) -> Iterator[_Answering]:
+def _answering(run: Run, config: RunConfig, console: Console) -> Iterator[_Answering]:
     examples, chat = _questions(run), load_chat_tokenizer(run)
     references = encode_references(chat, examples) if config.evaluate.held_out_loss else []
     variants = list_variants(run, config, chat)
     sets: list[ShardSet] = []
     skipped: list[Skipped] = []
     for variant in variants:
-        answers = answers_of(run, config, variant, examples)
+        answers = answers_of(run, config, variant, examples, console)
         reason = _no_loss(config, variant, examples, references)
         if reason is None:
             sets += [answers, _loss_of(run, config, variant, examples, references)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medtrain.config import EvaluateConfig, GenerateConfig, RunConfig
+from medtrain.console import Console
 from medtrain.data.examples import Example
 from medtrain.generate.engine import Answer, ModelSource, Prompt, make_engine
 from medtrain.generate.sampling import Sampling, row_seed
@@ -36,6 +37,7 @@ def answer_shards(
     key: str,
     title: str,
     measured_in: Path | None = None,
+    console: Console | None = None,
 ) -> ShardSet:
     """The answers to every example's prompt as a shard set.
 
@@ -51,10 +53,11 @@ def answer_shards(
         key: of the shard set.
         title: of the work, for people.
         measured_in: shards of an earlier stage that answered, for their seconds.
+        console: is told how answers are decoded; None tells nobody.
     """
     sampling = Sampling.of(section)
     prompts = {p.id: p for p in make_prompts(examples, chat, sampling, config.seed)}
-    engine = make_engine(section, config.model, source, chat, sampling)
+    engine = make_engine(section, config.model, source, chat, sampling, console)
 
     def work(batches: Iterable[list[Request]]) -> Iterator[tuple[str, dict[str, Any]]]:
         for done in engine.answer([prompts[r.id] for r in batch] for batch in batches):
@@ -70,7 +73,7 @@ def answer_shards(
         collected=collected,
         # At an endpoint rows are no neighbours: alone in its batch, a finished one is not asked
         # for again because another one failed.
-        batch_size=1 if section.engine == "openai" else section.batch_size,
+        batch_size=1 if section.engine == "openai" else section.prompts_together,
         num_shards=section.num_shards,
         measured_in=measured_in,
         release=engine.close,

@@ -50,6 +50,28 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt and the answers that are wanted of it."""
+
+    prompt: Sequence[int]
+    """Token ids, not empty."""
+    rows: Sequence[Row]
+    """At least one; filled in place."""
+    tag: Any = None
+    """The caller's own."""
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether all its rows have ended."""
+        return all(row.finish is not None for row in self.rows)
+
+    @property
+    def positions(self) -> int:
+        """That its longest row can take."""
+        return len(self.prompt) + max(row.max_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
 class Vocabulary:
     """The token ids that decoding needs to know."""
 

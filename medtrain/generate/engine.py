@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from medtrain.config import EngineConfig, ModelConfig
+from medtrain.console import Console
 from medtrain.data.examples import Message
 from medtrain.generate.sampling import Sampling
 
@@ -102,8 +103,17 @@ def make_engine(
     source: ModelSource,
     chat: ChatTokenizer,
     sampling: Sampling,
+    console: Console | None = None,
 ) -> Engine:
     """The engine that a section of the configuration asks for; nothing is loaded yet.
+
+    Args:
+        section: names the engine, and how it decodes.
+        model: how models are loaded.
+        source: the model that answers.
+        chat: its chat format.
+        sampling: how to draw.
+        console: is told how answers are decoded; None tells nobody.
 
     Raises:
         ConfigError: engine `vllm` is asked for and not installed.
@@ -118,4 +128,11 @@ def make_engine(
         return VLLMEngine(model, source, chat, sampling)
     from medtrain.generate.transformers_engine import TransformersEngine
 
-    return TransformersEngine(source, chat, sampling)
+    return TransformersEngine(
+        source,
+        chat,
+        sampling,
+        console=console,
+        batch_size=section.batch_size,
+        way=section.decoding,
+    )

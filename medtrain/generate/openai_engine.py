@@ -54,7 +54,7 @@ class OpenAIEngine:
             ConfigError: the endpoint is not a local one and there is no key for it.
         """
         self._endpoint = Endpoint.of(section, timeout_s, max_retries)
-        self._concurrency = section.batch_size
+        self._concurrency = section.prompts_together
         self._source, self._chat, self._sampling = source, chat, sampling
 
     def answer(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[Answered]:

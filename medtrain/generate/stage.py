@@ -35,7 +35,7 @@ def generate(run: Run, config: RunConfig, console: Console, drive: Drive = run_h
         DataError: there is no SFT model yet.
         MedtrainError: not one prompt could be answered.
     """
-    with phase_of_candidates(run, config) as phase:
+    with phase_of_candidates(run, config, console) as phase:
         if not phase.sets:
             write_jsonl(run.candidates, [])
             console.event(
@@ -49,7 +49,9 @@ def generate(run: Run, config: RunConfig, console: Console, drive: Drive = run_h
 
 
 @contextmanager
-def phase_of_candidates(run: Run, config: RunConfig) -> Iterator[Phase]:
+def phase_of_candidates(
+    run: Run, config: RunConfig, console: Console | None = None
+) -> Iterator[Phase]:
     """The phase of `generate`: one shard set, or none where there are no prompts."""
     examples = list(read_examples(run.preference_prompts))
     if not examples:
@@ -66,6 +68,7 @@ def phase_of_candidates(run: Run, config: RunConfig) -> Iterator[Phase]:
         as_row=_as_row,
         key="candidates",
         title="generate",
+        console=console or Console(run.log),
     )
     with closing_sets(Phase("candidates", (shard_set,))) as phase:
         yield phase

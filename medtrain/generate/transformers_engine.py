@@ -1,21 +1,25 @@
 """The engine that comes with the package: transformers, on this machine's GPU or CPU.
 
-prompts that fit the model's context → one batch at a time through `decode` → texts. Batches are
-computed as they are handed over, so a row's neighbours are those of the plan.
+batches of the plan → prompts that fit the model's context → a decoder (medtrain.generate.decoders)
+→ texts. A batch's prompts are read together as they are handed over, so a row's neighbours are
+those of the plan.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from medtrain.errors import MedtrainError
-from medtrain.generate.decode import Row, Vocabulary, decode
+from medtrain.console import Console
+from medtrain.generate.decode import Question, Row, Vocabulary
+from medtrain.generate.decoders import Decoder, choose_decoder
 from medtrain.generate.engine import Answer, Answered, ModelSource, Prompt
 from medtrain.generate.sampling import Sampling
+from medtrain.generate.shortage import release_memory, too_little_memory
 
 if TYPE_CHECKING:
     from medtrain.data.chat import ChatTokenizer
@@ -24,9 +28,31 @@ if TYPE_CHECKING:
 class TransformersEngine:
     """Batched decoding; byte-identical for any cut into shards, on one kind of device."""
 
-    def __init__(self, source: ModelSource, chat: ChatTokenizer, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        chat: ChatTokenizer,
+        sampling: Sampling,
+        *,
+        console: Console | None = None,
+        batch_size: int | Literal["auto"] = "auto",
+        way: Literal["auto", "slots", "batches"] = "auto",
+    ) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            source: the model.
+            chat: its chat format.
+            sampling: how to draw.
+            console: is told how answers are decoded, and of too little memory.
+            batch_size: prompts answered at a time; `auto` lets a GPU's memory decide.
+            way: of decoding, see `choose_decoder`.
+        """
         self._source, self._chat, self._sampling = source, chat, sampling
+        self._console = console or Console(quiet=True)
+        self._batch_size, self._way = batch_size, way
         self._model: Any = None
+        self._decoder: Decoder | None = None
         self._vocabulary = Vocabulary(
             size=1 + max(chat.tokenizer.get_vocab().values()),
             pad=chat.pad_token_id,
@@ -34,56 +60,69 @@ class TransformersEngine:
         )
 
     def answer(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[Answered]:
-        """Answer batch by batch; see `Engine.answer`.
+        """Answer all prompts; see `Engine.answer`.
 
         Raises:
             MedtrainError: the device has too little memory, or the model's output is no number.
         """
         # Before the first batch is taken: a death while loading is not the fault of its rows.
-        if self._model is None:
-            self._model = self._source.load()
-        for batch in batches:
-            context = context_length(self._model)
-            fitting = [prompt for prompt in batch if len(prompt.token_ids) < context]
-            for prompt in batch:
-                if len(prompt.token_ids) >= context:
-                    yield Answered.too_long(prompt, int(context))
-            if fitting:
-                yield from self._decode(fitting, context)
+        decoder = self._ready()
+        refused: deque[Answered] = deque()
+        for question in decoder.answer(self._units(batches, refused)):
+            while refused:
+                yield refused.popleft()
+            answers = tuple(self._as_answer(row) for row in question.rows)
+            yield Answered(question.tag, answers)
+        yield from refused
 
     def close(self) -> None:
         """Drop the model and give its GPU memory back."""
-        self._model = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if self._decoder is not None:
+            self._decoder.close()
+        self._decoder = self._model = None
+        release_memory()
 
-    def _decode(self, batch: Sequence[Prompt], context: float) -> Iterator[Answered]:
-        rows = [
-            [Row(seed, self._limit(prompt, context)) for seed in prompt.seeds] for prompt in batch
-        ]
-        try:
-            decode(
-                self._model,
-                [prompt.token_ids for prompt in batch],
-                rows,
-                self._sampling,
-                self._vocabulary,
+    def _ready(self) -> Decoder:
+        if self._decoder is None:
+            self._model = self._source.load()
+            try:
+                self._decoder = choose_decoder(
+                    self._model,
+                    self._sampling,
+                    self._vocabulary,
+                    self._console,
+                    prompts=self._batch_size,
+                    way=self._way,
+                )
+            except torch.OutOfMemoryError as error:
+                raise too_little_memory() from error
+        return self._decoder
+
+    def _units(
+        self, batches: Iterable[Sequence[Prompt]], refused: deque[Answered]
+    ) -> Iterator[Sequence[Question]]:
+        """Batches as questions; prompts that leave no room for an answer are refused."""
+        context = context_length(self._model)
+        for batch in batches:
+            refused += (
+                Answered.too_long(prompt, int(context))
+                for prompt in batch
+                if len(prompt.token_ids) >= context
             )
-        except torch.OutOfMemoryError as error:
-            raise MedtrainError(
-                f"Too little GPU memory to answer {len(batch)} prompts at a time",
-                fix="Lower batch_size of this stage (`generate:` or `evaluate:`); finished rows "
-                "are kept.",
-            ) from error
-        for prompt, samples in zip(batch, rows, strict=True):
-            yield Answered(prompt.id, tuple(self._as_answer(row) for row in samples))
+            yield [
+                self._question(prompt, context)
+                for prompt in batch
+                if len(prompt.token_ids) < context
+            ]
+
+    def _question(self, prompt: Prompt, context: float) -> Question:
+        # As configured, or until the model's context ends.
+        limit = int(min(self._sampling.max_new_tokens, context - len(prompt.token_ids)))
+        rows = [Row(seed, limit) for seed in prompt.seeds]
+        return Question(prompt.token_ids, rows, tag=prompt.id)
 
     def _as_answer(self, row: Row) -> Answer:
         return Answer(self._chat.decode_answer(row.tokens), len(row.tokens), row.finish or "length")
-
-    def _limit(self, prompt: Prompt, context: float) -> int:
-        """Tokens that an answer can have: as configured, or until the model's context ends."""
-        return int(min(self._sampling.max_new_tokens, context - len(prompt.token_ids)))
 
 
 def context_length(model: Any) -> float:

@@ -120,12 +120,24 @@ def test_more_rows_never_take_less(fewer: int, more: int) -> None:
 
 
 def test_decoding_is_bound_by_memory_bandwidth() -> None:
-    job = job_of(plan_of(config_of()), "generate.candidates")
+    job = job_of(plan_of(config_of(generate={"batch_size": 16})), "generate.candidates")
     a_step = 2 * LLAMA_8B / (1.555e12 * 0.4)
     decoding = 63 * 256 * a_step  # 1000 prompts in batches of 16, 256 tokens
     reading = 2 * LLAMA_8B * 1000 * 256 / (312e12 * 0.3)
     assert job.task_s is not None
     assert job.task_s - job.load_s == pytest.approx(decoding + reading, rel=0.01)
+
+
+@pytest.mark.parametrize("gpu", ["a100", "a100-80gb", "h100", "l40s"])
+def test_as_many_answers_as_fit_the_card_take_less_time_than_sixteen_prompts(gpu: str) -> None:
+    def seconds(**generate: Any) -> float:
+        config = config_of(cluster={"gpu_type": gpu}, generate=generate)
+        job = job_of(plan_of(config), "generate.candidates")
+        assert job.task_s is not None
+        return job.task_s - job.load_s
+
+    assert seconds() < seconds(batch_size=16)
+    assert seconds(decoding="batches") == seconds(batch_size=16)
 
 
 def test_shards_share_the_work_and_load_the_model_each() -> None:
@@ -279,13 +291,14 @@ def test_a_time_limit_that_is_too_short() -> None:
 
 
 def test_so_many_shards_that_they_do_little_but_load() -> None:
-    said = warned(generate={"num_shards": 500})
+    said = warned(generate={"num_shards": 500, "batch_size": 16})
     assert "generate.candidates: loading the model" in said
     assert "generate.num_shards=2" in said
 
 
 def test_so_few_shards_that_one_takes_days() -> None:
-    said = warned(data={"max_preference_prompts": 200_000, "max_rows": 10**7})
+    data = {"max_preference_prompts": 200_000, "max_rows": 10**7}
+    said = warned(data=data, generate={"batch_size": 16})
     assert "generate.candidates: a task takes about" in said
     assert "generate.num_shards=" in said
 

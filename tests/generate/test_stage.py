@@ -14,7 +14,7 @@ import pytest
 from medtrain.console import Console
 from medtrain.errors import DataError, MedtrainError
 from medtrain.files import read_jsonl, write_json
-from medtrain.generate import transformers_engine
+from medtrain.generate import batches
 from medtrain.generate.stage import generate
 from medtrain.run import Run
 from tests.generate.endpoint import echo, fails, serving
@@ -79,7 +79,7 @@ def test_an_error_midway_loses_nothing_that_was_finished(
 ) -> None:
     run = copy_of(pristine, tmp_path)
     calls: list[int] = []
-    decode = transformers_engine.decode  # type: ignore[attr-defined]
+    decode = batches.decode  # type: ignore[attr-defined]
 
     def counted(model: Any, prompts: Any, *rest: Any) -> None:
         calls.append(len(prompts))
@@ -87,7 +87,7 @@ def test_an_error_midway_loses_nothing_that_was_finished(
             raise OSError("disk full")
         decode(model, prompts, *rest)
 
-    monkeypatch.setattr(transformers_engine, "decode", counted)
+    monkeypatch.setattr(batches, "decode", counted)
     with pytest.raises(OSError, match="disk full"):
         do(run)
     do(run)
@@ -99,11 +99,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from medtrain.console import Console
-from medtrain.generate import stage, transformers_engine
+from medtrain.generate import stage, batches
 from medtrain.run import Run
 from tests.generate.models import config_for
 
-decode, calls = transformers_engine.decode, []
+decode, calls = batches.decode, []
 
 def dying(*arguments):
     calls.append(1)
@@ -111,7 +111,7 @@ def dying(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     decode(*arguments)
 
-transformers_engine.decode = dying
+batches.decode = dying
 root = Path(sys.argv[1])
 stage.generate(Run(root), config_for(root.parent), Console(quiet=True))
 """
@@ -140,7 +140,7 @@ def test_a_finished_stage_loads_no_model(
 ) -> None:
     run = copy_of(pristine, tmp_path)
     before = do(run)
-    monkeypatch.setattr(transformers_engine, "decode", None)
+    monkeypatch.setattr(batches, "decode", None)
     assert do(run) == before
     assert run.candidates.read_bytes() == undisturbed
 

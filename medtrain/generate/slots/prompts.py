@@ -1,0 +1,48 @@
+"""Prompts on their way into slots: who waits, and the pass that reads them.
+
+Prompts of one unit are read together, so that what a prompt's keys and values are depends on the
+plan and on nothing else; the samples of a prompt share its reading.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache
+
+from medtrain.generate.decode import Question, Row
+from medtrain.generate.forward import Forward
+from medtrain.generate.slots.cache import prompt_cache
+
+
+@dataclass(slots=True)
+class Group:
+    """Questions that are read together, and which of their rows still wait for a slot."""
+
+    questions: Sequence[Question]
+    length: int
+    """Of the slots they go to: their unit's."""
+    cache: DynamicCache | None = None
+    """Once they are read."""
+    waiting: deque[tuple[int, Row]] = field(default_factory=deque)
+    """(question, row), those that have not ended."""
+
+    def __post_init__(self) -> None:
+        for number, question in enumerate(self.questions):
+            self.waiting += ((number, row) for row in question.rows if row.finish is None)
+
+
+@torch.inference_mode()
+def read(forward: Forward, prompts: Sequence[Sequence[int]], pad: int) -> DynamicCache:
+    """Run prompts, padded on the right: keys and values of all of them, (prompts, …, longest, …).
+
+    No mask is needed: a prompt's own tokens come before its padding and look back only.
+    """
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[*prompt, *[pad] * (longest - len(prompt))] for prompt in prompts])
+    cache = prompt_cache(forward.model.config)
+    forward(tokens.to(forward.model.device), None, None, cache)
+    return cache
