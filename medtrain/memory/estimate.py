@@ -13,7 +13,7 @@ layer, norms and biases stay in `model.dtype`. What is sharded how: ZeRO
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from medtrain.config.training import Strategy
 from medtrain.memory import layers
@@ -118,6 +118,9 @@ def estimate(
         gpus: on all nodes together.
         checkpointing: whether layers are computed again in the backward pass.
     """
+
+    if "weights" in _SHARDED[strategy] or strategy in _OFFLOADED:
+        work = replace(work, fused=False)
 
     def share(part: str, size: float) -> float:
         if part in _OFFLOADED.get(strategy, ()):

@@ -3,8 +3,9 @@
 architecture + work → what a forward pass keeps for the backward pass, what a layer needs beside it,
 what the output layer needs. The formulas follow what PyTorch's autograd keeps: a frozen linear
 layer keeps no input; a norm keeps its input in float32; SiLU and the product after it keep theirs;
-attention keeps queries, keys, values, its output and a number a head; every adapter keeps its input
-after dropout, dropout its mask.
+attention keeps queries, keys, values, its output and a number a head. By PEFT's path every adapter
+keeps its input after dropout, and dropout its mask; fused (medtrain.train.lora_function), layers
+that read one tensor keep that, and one mask.
 """
 
 from __future__ import annotations
@@ -61,7 +62,12 @@ def _adapters_a_token(architecture: Architecture, work: Work) -> float:
     for group in _READ_ALIKE:
         named = [architecture.linear[name] for name in group if name in targets]
         inputs = [one.inputs for one in named]
-        kept += sum(inputs) * (b + mask) if dropout else max(inputs, default=0) * b
+        if work.fused:
+            # What attention's kernels give on a GPU is kept by them already.
+            own = 0 if group == ("o_proj",) and work.device == "cuda" else b
+            kept += max(inputs, default=0) * (own + mask)
+        else:
+            kept += sum(inputs) * (b + mask) if dropout else max(inputs, default=0) * b
         kept += len(named) * work.lora.r * b
         if work.lora.dora:
             kept += 2 * sum(one.outputs for one in named) * b

@@ -11,6 +11,7 @@ from typing import Literal
 
 from medtrain.attention import choose, installed_facts
 from medtrain.config import LoraConfig, RunConfig
+from medtrain.config.lora_path import why_not_fused
 from medtrain.memory.architecture import Architecture
 
 Device = Literal["cuda", "cpu"]
@@ -40,6 +41,9 @@ class Work:
     """Whether rows of new tokens are trained."""
     device: Device = "cuda"
     """Whose kernels compute it."""
+    fused: bool = False
+    """Whether adapters are computed together with their base layers, where no strategy shards
+    these."""
     repeats_groups: bool = False
     """Whether keys and values are repeated for the queries that share them, as they are where
     PyTorch's flash attention cannot be had (medtrain.train.packed)."""
@@ -80,6 +84,7 @@ def work_of(
         ),
         new_rows=config.model.chat_template == "chatml" and not architecture.knows_chatml,
         device=device,
+        fused=why_not_fused(config, "auto") is None,
         repeats_groups=device == "cuda" and _repeats_groups(dtype_bytes, auto_bytes),
     )
 

@@ -16,6 +16,7 @@ from medtrain.config import LoraConfig
 from medtrain.memory import Architecture, Work
 from medtrain.memory.architecture import from_config
 from medtrain.train.adapter import add_adapter
+from medtrain.train.fused_lora import fuse
 
 CPU = torch.device("cpu")
 
@@ -27,6 +28,7 @@ class Setup:
     quantized: bool = True
     targets: Any = "all-linear"
     dropout: float = 0.05
+    fused: bool = False
     checkpointing: bool = False
     evaluated_tokens: int = 0
     new_rows: bool = False
@@ -46,6 +48,7 @@ class Setup:
             lora=self.lora,
             state_bytes=8,
             new_rows=self.new_rows,
+            fused=self.fused,
             device="cpu",
         )
 
@@ -77,6 +80,8 @@ def build(setup: Setup, directory: Path) -> tuple[Any, Architecture]:
     add_fused_lm_head(model)
     chat: Any = SimpleNamespace(new_token_ids=[5, 6] if setup.new_rows else [])
     trained = add_adapter(model, setup.lora, chat, seed=0)
+    if setup.fused:
+        assert not fuse(trained).plain
     if setup.checkpointing:
         trained.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}

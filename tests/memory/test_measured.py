@@ -31,6 +31,12 @@ SETUPS = {
     "nf4-checkpointing": Setup(checkpointing=True),
     "nf4-no-dropout-deep-checkpointing": Setup(dropout=0.0, checkpointing=True, sizes=DEEP),
     "nf4-wide-long": Setup(targets=FEW, dropout=0.0, tokens=2048, sizes=WIDE),
+    "nf4-fused": Setup(fused=True),
+    "nf4-fused-few-targets": Setup(fused=True, targets=FEW),
+    "nf4-fused-no-dropout": Setup(fused=True, dropout=0.0),
+    "nf4-fused-checkpointing": Setup(fused=True, checkpointing=True),
+    "float32-fused": Setup(fused=True, quantized=False),
+    "bfloat16-fused": Setup(fused=True, dropout=0.0, dtype=torch.bfloat16),
     "float32": Setup(quantized=False),
     "float32-no-dropout": Setup(quantized=False, dropout=0.0),
     # PEFT asks for CUDA's autocast when it decides on casts, so dropout is another thing on a CPU.
@@ -55,8 +61,9 @@ def test_layers_take_what_is_estimated(name: str, tmp_path: Path) -> None:
         Setup(targets=FEW, checkpointing=True),
         Setup(new_rows=True, tokens=128, sizes=LARGE_VOCABULARY),
         Setup(quantized=False, tokens=512, sizes=WIDE),
+        Setup(fused=True),
     ],
-    ids=["nf4", "nf4-checkpointing", "new-rows", "float32"],
+    ids=["nf4", "nf4-checkpointing", "new-rows", "float32", "nf4-fused"],
 )
 def test_a_whole_step_takes_what_is_estimated(setup: Setup, tmp_path: Path) -> None:
     model, architecture = build(setup, tmp_path)
