@@ -96,7 +96,7 @@ def fuse(model: Any, *, name: str = "default") -> Fused:
             parent, _, leaf = path.rpartition(".")
             by_parent.setdefault(parent, {})[leaf] = layer
     for siblings in by_parent.values():
-        for layers in _groups(siblings):
+        for layers in _groups(siblings, name):
             group = _Group()
             group.members = tuple(_Member(layer, name, group) for layer in layers)
             for member in group.members:
@@ -119,25 +119,27 @@ def why_not_this_layer(layer: Any, name: str = "default") -> str | None:
         return "its adapter has a bias"
     if type(layer.lora_dropout[name]) not in (torch.nn.Dropout, torch.nn.Identity):
         return f"its dropout is a {type(layer.lora_dropout[name]).__name__}"
+    if _dropout_of(layer, name) == 1:
+        return "its dropout leaves nothing"
     if any(parameter.requires_grad for parameter in base.parameters()):
         return "its base is trained"
     return None
 
 
-def _groups(siblings: dict[str, LoraLinear]) -> Iterator[Sequence[LoraLinear]]:
+def _dropout_of(layer: Any, name: str) -> float:
+    return float(getattr(layer.lora_dropout[name], "p", 0.0))
+
+
+def _groups(siblings: dict[str, LoraLinear], name: str) -> Iterator[Sequence[LoraLinear]]:
     """Layers under one parent that read the same tensor; most are alone."""
     left = dict(siblings)
     for names in _READ_ALIKE:
-        alike = [left.pop(name) for name in names if name in left]
-        if len({(one.in_features, _dropout_of(one)) for one in alike}) == 1:
+        alike = [left.pop(leaf) for leaf in names if leaf in left]
+        if len({(one.in_features, _dropout_of(one, name)) for one in alike}) == 1:
             yield alike
         else:
             yield from ([one] for one in alike)
     yield from ([one] for one in left.values())
-
-
-def _dropout_of(layer: LoraLinear) -> tuple[float, ...]:
-    return tuple(getattr(one, "p", 0.0) for one in layer.lora_dropout.values())
 
 
 class _Member:
