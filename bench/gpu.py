@@ -1,38 +1,69 @@
-"""bench/train.py on one GPU: SFT and DPO of a Llama-3-8B-shaped model, beside plain TRL.
+"""What a GPU does with medtrain, part by part, each beside a baseline of the same call.
 
-    python bench/gpu.py [--stage both] [--steps 12] [--repeat 2] [--checkpointing]
+    python bench/gpu.py [--budget 600] [PART…]
 
-Needs one CUDA GPU of 40 GB or more (24 GB with --checkpointing) and bitsandbytes; no download: the
-model's weights are random, and rows are random tokens as long as MedQuAD's. Prints real tokens a
-second, MFU (of a frozen weight: 2 FLOPs a token forward, 2 backward), the most that was allocated,
-and how far medtrain's estimate of that is off. `--tiny` runs the same on a CPU in half a minute; it
-measures nothing that matters.
+    facts      versions, the card, its bandwidth and arithmetic, doctor
+    attention  the kernels of packed rows, beside row by row
+    sft        an 8B in NF4 at 2 × 2 and 4 × 8 rows a step, and a 1B, beside plain TRL with padding
+    dpo        the same at 2 × 2 pairs, the reference included
+    decoding   an 8B and a 1B in 16 bits, 8 × 2 and 32 × 2 answers, beside model.generate
+    profile    GPU time by kind of kernel, how busy the GPU is, launches a step
+    waits      where the host waits for the GPU in a step
+    memory     the estimate of a training's peak, beside the measured one
+
+Needs one CUDA GPU of 60 GB or more (of 24 GB for what is about a 1B) and bitsandbytes; no download:
+weights are random, and rows are random tokens as long as MedQuAD's. A part is a process of its own
+with a time limit; it writes its file (--out) anew after every figure, so whatever was measured
+before a limit counts. MFU takes 2 FLOPs a frozen weight and token forward, and 2 backward. `--tiny`
+runs everything on a CPU in a minute or two, and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import importlib
 import importlib.util
+import json
+import os
+import signal
+import subprocess
 import sys
 import tempfile
-from dataclasses import replace
-from functools import partial
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from medtrain.console import Console, quiet_libraries
+from medtrain.console import quiet_libraries
+from medtrain.kernel_cache import keep_compiled_kernels
 
 if TYPE_CHECKING:
-    from turns import Side
-
-    from medtrain.run import Trained
-    from medtrain.train.rows import Part
+    from record import Record
 
 NEEDED = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
-BATCH, ACCUMULATED, MAX_LENGTH = 2, 2, 1024
-ROWS_A_STEP = BATCH * ACCUMULATED
+LIMITS = {"facts": 60, "sft": 200, "dpo": 100, "decoding": 130, "attention": 50, "profile": 70,
+          "waits": 50, "memory": 110}  # fmt: skip
+"""Seconds that a part may take, by value: what comes first is not cut by what comes after."""
+HOMES = {"facts": "card", "sft": "speeds", "dpo": "speeds", "memory": "speeds",
+         "decoding": "decoding", "attention": "kernels", "profile": "steps",
+         "waits": "steps"}  # fmt: skip
+"""The module of each."""
+LEAST = 10.0
+"""Seconds in which no part says anything."""
+_TINY_LIMIT = 240
+_SETTLE = 5.0
+"""Seconds of a budget that are kept for the table."""
+
+
+class Ended(NamedTuple):
+    """A part."""
+
+    name: str
+    state: str
+    """`ok`, or what was wrong."""
+    seconds: float
+    found: dict[str, Any]
 
 
 def main() -> None:
@@ -41,229 +72,107 @@ def main() -> None:
     if missing:
         sys.exit(f"bench/gpu.py cannot run: {', '.join(missing)} not installed")
     quiet_libraries()
-    import torch
-    from turns import take_turns, tell
-
-    if not (arguments.tiny or torch.cuda.is_available()):
-        sys.exit("bench/gpu.py cannot run: there is no CUDA GPU (--tiny needs none)")
-    if arguments.tiny:
-        torch.set_num_threads(1)
-    on_gpu = torch.cuda.is_available()
-    print(torch.cuda.get_device_name() if on_gpu else "CPU", flush=True)
-    stages: tuple[Trained, ...] = (
-        ("sft", "dpo") if arguments.stage == "both" else (arguments.stage,)
-    )
-    with tempfile.TemporaryDirectory() as directory:
-        bench = Bench(Path(directory), arguments)
-        for stage in stages:
-            sides = partial(bench.plain, stage), partial(bench.medtrain, stage)
-            turns = take_turns(*sides, arguments.repeat)
-            tell(f"{stage}: {arguments.steps} steps of {ROWS_A_STEP} rows, "
-                 f"{turns[0][0].tokens:,} tokens, padded to {MAX_LENGTH}; {arguments.repeat} turns",
-                 turns, cpu=not on_gpu)  # fmt: skip
-            for name, side in zip(("plain TRL", "medtrain"), turns[-1], strict=True):
-                print(f"  {name:<10}{bench.hardware(side)}")
-            print(f"  {bench.estimated(stage, turns[-1][1])}", flush=True)
+    keep_compiled_kernels()
+    if arguments.alone:
+        do_part(arguments)
+        return
+    out = arguments.out or Path(tempfile.mkdtemp(prefix="medtrain-gpu-"))
+    out.mkdir(parents=True, exist_ok=True)
+    _check_card(arguments.tiny)
+    until = time.monotonic() + arguments.budget
+    ended = []
+    for name in arguments.parts or LIMITS:
+        limit = min(_TINY_LIMIT if arguments.tiny else LIMITS[name],
+                    until - time.monotonic() - _SETTLE)  # fmt: skip
+        if limit < LEAST:
+            ended.append(Ended(name, "no time left", 0.0, {}))
+            continue
+        print(f"{name} (at most {limit:.0f} s)", flush=True)
+        ended.append(run_part(name, limit, out, tiny=arguments.tiny))
+    tell(ended, out)
+    sys.exit(any(part.state != "ok" for part in ended))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--stage", choices=("sft", "dpo", "both"), default="both")
-    parser.add_argument("--steps", type=int, default=12, help=f"timed, of {ROWS_A_STEP} rows each")
-    parser.add_argument("--repeat", type=int, default=2, help="turns of each side")
-    parser.add_argument("--checkpointing", action="store_true", help="of activations, both sides")
-    parser.add_argument("--tiny", action="store_true", help="a model of two layers; runs on a CPU")
-    return parser.parse_args()
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(LIMITS))
+    parser.add_argument("--budget", type=float, default=600, help="seconds for everything")
+    parser.add_argument("--out", type=Path, help="directory of the files, PART.json each")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes; runs on a CPU")
+    parser.add_argument("--alone", metavar="SECONDS", type=float, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.parts if name not in LIMITS]:
+        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(LIMITS)}")
+    return arguments
 
 
-class Bench:
-    """Rows, settings, and the model, which is built anew for every turn of either side."""
+def do_part(arguments: argparse.Namespace) -> None:
+    """Be the process of a part."""
+    import torch
+    from record import Record
 
-    def __init__(self, directory: Path, arguments: argparse.Namespace) -> None:
-        import torch
-        from random_llama import LLAMA_3_8B, TINY
-        from random_rows import dpo_part, sft_part, word_tokenizer
-        from transformers import LlamaConfig
+    if arguments.tiny:
+        torch.set_num_threads(1)
+    (name,) = arguments.parts
+    record = Record(arguments.out / f"{name}.json", arguments.alone, tiny=arguments.tiny)
+    part_named(name)(record)
 
-        from medtrain.config import parse_config
-        from medtrain.memory.architecture import from_config
-        from medtrain.run import Run
-        from medtrain.train.model import compute_dtype
 
-        self._shape = LlamaConfig(**(TINY if arguments.tiny else LLAMA_3_8B))
-        self._architecture = from_config(self._shape.to_dict())
-        shared = {
-            "batch_size": BATCH, "gradient_accumulation": ACCUMULATED, "max_length": MAX_LENGTH,
-            "validation_fraction": 0, "log_every": max(1, arguments.steps // 3),
-            "activation_checkpointing": arguments.checkpointing,
-        }  # fmt: skip
-        self.config = parse_config({
-            "name": "bench", "output_dir": str(directory),
-            "model": {"base": str(directory / "none"), "chat_template": "model"},
-            "data": {"sources": [{"adapter": "table", "path": "none.jsonl"}]},
-            "sft": shared, "dpo": shared,
-        })  # fmt: skip
-        self._run = Run(directory / "bench")
-        self._run.create()
-        self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        self._dtype = compute_dtype(self.config)
-        self._tokenizer = word_tokenizer()
-        self._longest = 0
-        rows = ROWS_A_STEP * (arguments.steps + 1)
-        self._parts = {"sft": sft_part(rows, self._shape.vocab_size),
-                       "dpo": dpo_part(rows, self._shape.vocab_size)}  # fmt: skip
+def part_named(name: str) -> Callable[[Record], None]:
+    """The function of a part; nothing of the others is imported."""
+    part: Callable[[Record], None] = getattr(importlib.import_module(HOMES[name]), name)
+    return part
 
-    def plain(self, stage: Trained, turn: int) -> Side:
-        """One turn of the baseline."""
-        from plain_trl import train_plainly
 
-        self._forget()
-        model = self._model(packed=False, drawn=stage == "dpo")
-        side = train_plainly(stage, model, self._parts[stage], self._tokenizer, self._run,
-                             self.config, self._plan(stage))  # fmt: skip
-        return side._replace(peak_bytes=self._peak())
+def run_part(name: str, limit: float, out: Path, *, tiny: bool) -> Ended:
+    """Run a part to its end, or to its limit."""
+    file = out / f"{name}.json"
+    file.unlink(missing_ok=True)
+    command = [sys.executable, __file__, name, "--alone", str(limit), "--out", str(out)]
+    began = time.monotonic()
+    child = subprocess.Popen([*command, *(["--tiny"] if tiny else [])], start_new_session=True)
+    try:
+        code = child.wait(limit)
+        state = "ok" if code == 0 else f"exit {code}"
+    except subprocess.TimeoutExpired:
+        state = f"stopped at its limit of {limit:.0f} s"
+    finally:
+        # Whatever it has started, and it itself where it has not ended.
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    found: dict[str, Any] = {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        state += ", nothing written"
+    if state == "ok" and found.get("failed"):
+        state = "failed in part"
+    return Ended(name, state, time.monotonic() - began, found)
 
-    def medtrain(self, stage: Trained, turn: int) -> Side:
-        """One turn of ours."""
-        from plain_trl import order_and_tokens
-        from turns import our_clocks
 
-        part, plan = self._parts[stage], self._plan(stage)
-        _, tokens = order_and_tokens(part, getattr(self.config, stage), plan, self.config.seed)
-        with our_clocks() as clocks:
-            reference = sums = None
-            if stage == "dpo":
-                self._forget()
-                sums = self._reference_sums(part)
-                assert clocks.reference is not None
-                reference = clocks.reference.read()
-            self._forget()
-            self._train(stage, sums)
-            self._longest = clocks.longest
-            return clocks.side(tokens, reference)._replace(peak_bytes=self._peak())
+def tell(ended: list[Ended], out: Path) -> None:
+    """Print everything that was found."""
+    from card import card_name, versions
 
-    def _train(self, stage: Trained, sums: dict[str, tuple[float, float]] | None) -> None:
-        from random_rows import PAD
+    told = ", ".join(f"{name} {number}" for name, number in versions().items())
+    print(f"\n{card_name()}; {told}")
+    for part in ended:
+        print(f"\n{part.name}: {part.state}, {part.seconds:.0f} s")
+        for name, said in part.found.get("figures", {}).items():
+            print(f"  {name:<44} {said}")
+        for name, why in part.found.get("failed", {}).items():
+            print(f"  {name:<44} FAILED: {why}")
+        if left_out := part.found.get("left_out"):
+            print(f"  left out for want of time: {', '.join(left_out)}")
+    print(f"\nFiles: {out}", flush=True)
 
-        from medtrain.train.feeding import feed_preferences, feed_supervised, pair_collate
-        from medtrain.train.fit import Fit
-        from medtrain.train.rows import Counts, Rows
-        from medtrain.train.trainer_settings import PAIRED, SUPERVISED, trainer_settings
-        from medtrain.train.trainers import PreferenceTrainer, SupervisedTrainer
 
-        config, part, plan, console = self.config, self._parts[stage], self._plan(stage), Console(
-            quiet=True)  # fmt: skip
-        section = getattr(config, stage)
-        unsaved = section.model_copy(update={"trainer": {"save_strategy": "no"}})
-        settings = trainer_settings(
-            SUPERVISED if stage == "sft" else PAIRED, self._run,
-            config.model_copy(update={stage: unsaved}), stage, plan,
-            validated=False, console=console,
-        )  # fmt: skip
-        make = SupervisedTrainer if stage == "sft" else PreferenceTrainer
-        trainer = make(
-            model=self._model(packed=True, drawn=stage == "dpo"), plan=plan, args=settings,
-            train_dataset=part.dataset, processing_class=self._tokenizer,
-        )  # fmt: skip
-        rows, seed = Rows(part, None, Counts()), config.seed
-        if stage == "sft":
-            fed = feed_supervised(rows, section, plan, seed=seed, pad_token_id=PAD, packed=True)
-        else:
-            collate = pair_collate(PAD, packed=True)
-            fed = feed_preferences(rows, section, plan, sums, seed=seed, collate=collate,
-                                   packed=True)  # fmt: skip
-        chat: Any = SimpleNamespace()  # publishing an adapter would ask it
-        Fit(self._run, config, stage, chat, plan, console).feed(trainer, fed)
-        trainer.train()
-
-    def _reference_sums(self, part: Part) -> dict[str, tuple[float, float]]:
-        from medtrain.shards import Request
-        from medtrain.train import log_probs
-        from medtrain.train.reference import BATCH_PAIRS, score_pairs
-
-        pairs = [
-            Request(row_id, {"prompt": row["prompt_ids"], "chosen": row["chosen_ids"],
-                             "rejected": row["rejected_ids"]}, cost=length, prompt_tokens=length)
-            for row_id, row, length in zip(part.ids, part.dataset, part.lengths, strict=True)
-        ]  # fmt: skip
-        model = self._model(packed=True, drawn=True).eval()
-        scorer = log_probs.AnswerScorer(model, self._dtype, packed=True)
-        batches = (pairs[i : i + BATCH_PAIRS] for i in range(0, len(pairs), BATCH_PAIRS))
-        scored = score_pairs(lambda: scorer, batches, self.config)
-        return {row_id: (line["chosen"], line["rejected"]) for row_id, line in scored}
-
-    def _plan(self, stage: Trained) -> Any:
-        from medtrain.train.trainer_settings import make_plan
-
-        return make_plan(getattr(self.config, stage), len(self._parts[stage]), "ddp")
-
-    def _model(self, *, packed: bool, drawn: bool) -> Any:
-        """The base with its adapter; `drawn` as if it had been trained."""
-        import torch
-        from random_llama import random_llama
-
-        from medtrain.train.adapter import add_adapter, trainable_parameters
-        from medtrain.train.packed import attention_for
-
-        attention = attention_for(self.config.model.attention, packed=packed)
-        base = random_llama(self._shape, dtype=self._dtype, device=self._device,
-                            attention=attention)  # fmt: skip
-        chat: Any = SimpleNamespace(new_token_ids=())
-        model = add_adapter(base, self.config.sft.lora, chat, seed=0)
-        for name, parameter in trainable_parameters(model):
-            if drawn and "lora_B" in name:
-                parameter.data += 0.005 * torch.randn_like(parameter)
-        return model
-
-    def _forget(self) -> None:
-        """Free what the turn before has left, and count from here on."""
-        import torch
-
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def _peak(self) -> int | None:
-        import torch
-
-        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-
-    def hardware(self, side: Side) -> str:
-        """MFU and memory of a side."""
-        if side.peak_bytes is None:
-            return "MFU and memory: not measured on a CPU"
-        import torch
-        from trl.trainer.utils import get_peak_flops
-
-        sizes = self._architecture
-        assert sizes is not None
-        flops = get_peak_flops(torch.cuda.get_device_name(), str(self._dtype).split(".")[-1])
-        weights = sizes.linear_weights + sizes.vocab * sizes.hidden
-        done = 4.0 * weights * side.tokens / side.spent.wall
-        mfu = f"{done / flops:.1%}" if flops else "unknown (this GPU's peak is not known)"
-        return f"MFU {mfu}, {done / 1e12:,.1f} TFLOP/s, peak {side.peak_bytes / 2**30:.2f} GiB"
-
-    def estimated(self, stage: Trained, ours: Side) -> str:
-        """medtrain's estimate of its own peak, for the largest forward pass that there was."""
-        import torch
-
-        from medtrain.memory import estimate, work_of
-
-        assert self._architecture is not None
-        section = getattr(self.config, stage)
-        on_gpu = self._device.type == "cuda"
-        older = on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False)
-        work = work_of(self.config, stage, self._architecture, auto_bytes=4 if older else 2,
-                       device="cuda" if on_gpu else "cpu")  # fmt: skip
-        work = replace(work, tokens=self._longest)
-        expected = estimate(
-            self._architecture, work, checkpointing=section.activation_checkpointing
-        ).allocated
-        told = f"estimated peak of medtrain {expected / 2**30:.2f} GiB for {self._longest:,} tokens"
-        if ours.peak_bytes is None:
-            return told
-        return f"{told}, {expected / ours.peak_bytes - 1:+.1%} against the measured one"
+def _check_card(tiny: bool) -> None:
+    """In a process of its own: this one is to hold no memory of the GPU."""
+    look = "import torch, sys; sys.exit(not torch.cuda.is_available())"
+    if not tiny and subprocess.run([sys.executable, "-c", look], check=False).returncode:
+        sys.exit("bench/gpu.py cannot run: there is no CUDA GPU (--tiny needs none)")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""A Llama of any size with random weights in 4 bits, built layer by layer.
+"""A Llama of any size with random weights, in 4 bits or in 16, built layer by layer.
 
 sizes → the model without memory (meta device) → each linear layer drawn in the compute dtype on the
 device, quantised to NF4 and dropped → embeddings, norms and output layer in the compute dtype → the
 marks by which transformers, PEFT and TRL know a quantised model. Above the result itself, one layer
 is alive at a time, and none of it in main memory where there is a GPU. Equal seeds, equal weights.
+Without quantising it ends after the drawing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,18 @@ LLAMA_3_8B: dict[str, Any] = {
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     "max_position_embeddings": 8192, "rope_theta": 500_000.0, "tie_word_embeddings": False,
 }  # fmt: skip
+LLAMA_3_1B: dict[str, Any] = {
+    "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192,
+    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+    "max_position_embeddings": 8192, "rope_theta": 500_000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+"""Llama-3.2-1B but for its tied embeddings: input and output are drawn apart."""
+MIDDLE: dict[str, Any] = {
+    "vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+"""Large enough for its activations to outweigh what any training has."""
 TINY: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
@@ -30,7 +43,12 @@ SPREAD = 0.02
 
 
 def random_llama(
-    shape: LlamaConfig, *, dtype: torch.dtype, device: torch.device, attention: str | None
+    shape: LlamaConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str | None,
+    quantized: bool = True,
 ) -> Any:
     """The model in evaluation mode.
 
@@ -39,6 +57,7 @@ def random_llama(
         dtype: of computation, of what is not quantised, and of quantised storage.
         device: where it lies.
         attention: transformers' name of an implementation; None lets it choose.
+        quantized: linear layers in NF4.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=attention)
@@ -49,7 +68,8 @@ def random_llama(
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
     )
-    model = replace_with_bnb_linear(model, ["lm_head"], nf4)
+    if quantized:
+        model = replace_with_bnb_linear(model, ["lm_head"], nf4)
     drawing = torch.Generator(device).manual_seed(0)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -59,7 +79,8 @@ def random_llama(
     rotary = model.model.rotary_emb  # its frequencies are computed, not drawn
     with device:
         model.model.rotary_emb = type(rotary)(config=shape)
-    _mark_quantized(model, nf4, device)
+    if quantized:
+        _mark_quantized(model, nf4, device)
     return model.eval()
 
 

@@ -13,13 +13,6 @@ import pytest
 from tests.small_run import write_rows
 
 BENCH = Path(__file__).parents[2] / "bench"
-WITHOUT_BITSANDBYTES = """
-import importlib.util, runpy, sys
-found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name == "bitsandbytes" else found(name, *a)
-sys.argv = ["gpu.py"]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -53,20 +46,6 @@ def test_training_is_compared_with_plain_trl(base_dir: Path, tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr
     for stage in ("sft", "dpo"):
         check_both_sides_learn_alike(result.stdout, stage)
-
-
-def test_the_gpu_benchmark_runs_on_a_cpu_where_it_is_tiny() -> None:
-    result = run("gpu.py", "--tiny", "--steps", "2", "--repeat", "1")
-    assert result.returncode == 0, result.stderr
-    for stage in ("sft", "dpo"):
-        check_both_sides_learn_alike(result.stdout, stage)
-    assert result.stdout.count("estimated peak of medtrain") == 2
-
-
-def test_the_gpu_benchmark_names_what_is_not_installed() -> None:
-    result = run("-c", WITHOUT_BITSANDBYTES)
-    assert result.returncode == 1
-    assert "bitsandbytes not installed" in result.stderr
 
 
 def test_a_random_model_is_as_large_as_a_quantised_one(monkeypatch: pytest.MonkeyPatch) -> None:
