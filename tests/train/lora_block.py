@@ -29,6 +29,9 @@ class Shape(NamedTuple):
     quantized: bool = False
     rslora: bool = False
     dropout: float = 0.0
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    """Of the base."""
 
 
 class Block(torch.nn.Module):
@@ -60,10 +63,10 @@ class TwoReaders(Block):
 
 def _linear(inputs: int, outputs: int, shape: Shape) -> torch.nn.Module:
     if not shape.quantized:
-        return torch.nn.Linear(inputs, outputs, bias=shape.bias)
+        return torch.nn.Linear(inputs, outputs, bias=shape.bias).to(shape.device, shape.dtype)
     layer = bitsandbytes.nn.Linear4bit(inputs, outputs, bias=shape.bias, quant_type="nf4")
     layer.support_avx512bf16_for_cpu = False
-    quantized: torch.nn.Module = layer.to("cpu")
+    quantized: torch.nn.Module = layer.to(shape.dtype).to(shape.device)
     return quantized
 
 
@@ -84,7 +87,8 @@ def train_a_while(model: Any) -> None:
     draws = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=draws) * 0.1
+            drawn = torch.randn(parameter.shape, generator=draws) * 0.1
+            parameter.data = drawn.to(parameter.device)
 
 
 def both(kind: type[Block], shape: Shape, **options: Any) -> tuple[Any, Any]:
@@ -108,7 +112,7 @@ def step(model: Any, x: torch.Tensor, call: Callable[..., Any] | None = None) ->
     model.zero_grad()
     output = call(model, x) if call else model(x)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(4))
-    (output * weights).sum().backward()
+    (output * weights.to(output.device)).sum().backward()
     return {"output": output.detach(), "x": x.grad, **gradients(model)}
 
 
