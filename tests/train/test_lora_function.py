@@ -18,7 +18,7 @@ from tests.train.lora_block import Block, Shape, assert_close, both, gradients, 
 _SIZE = st.integers(1, 5).map(lambda n: 8 * n)
 
 
-_SHAPES = st.fixed_dictionaries({
+_SHAPES: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries({
     "inputs": _SIZE,
     "outputs": st.tuples(_SIZE, _SIZE, _SIZE),
     "ranks": st.tuples(*[st.integers(1, 6)] * 3),
