@@ -15,6 +15,7 @@ import torch
 from transformers import PrinterCallback
 from trl import DPOTrainer, SFTTrainer
 
+from medtrain.console import Console
 from medtrain.errors import ConfigError, MedtrainError
 from medtrain.run import Trained
 from medtrain.train.adapter import (
@@ -23,9 +24,10 @@ from medtrain.train.adapter import (
 from medtrain.train.adapter_trainer import STAGE3, AdapterTrainer
 from medtrain.train.checkpoints import Plan
 from medtrain.train.losses.computed import Computed, Ratio
-from medtrain.train.losses.preference import FORMULAS, Settings, preference
+from medtrain.train.losses.preference import FORMULAS, Pairs, Settings, preference
 from medtrain.train.losses.supervised import supervised
 from medtrain.train.packed import PackedForward, select_supervised
+from medtrain.train.rounding import FAR, FirstLoss, first_loss, rounding_of_sums
 from medtrain.train.rows import IGNORED
 from medtrain.train.sharded import (
     let_trl_meet_merged_weights,
@@ -76,27 +78,64 @@ class AnswerTrainer(AdapterTrainer):
         """The reference's sums that came with the inputs, (answers,)."""
         return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
 
-    def check_start(self) -> None:
+    def check_start(self, console: Console) -> None:
         """Compare policy and reference on a few rows: before a step they are one model.
 
+        What is more than rounding explains is warned of; what is far more is an error.
+
         Raises:
-            MedtrainError: they differ by more than rounding.
+            MedtrainError: they are two models.
         """
         first = range(min(self.args.per_device_eval_batch_size, len(self.fed.dataset)))
         inputs = self._prepare_inputs(self.fed.collate([self.fed.dataset[i] for i in first]))
-        reference = self._reference(inputs)
-        policy = self._log_probabilities(inputs)
-        gap = float((policy - reference).abs().max())
-        # Sums over hundreds of tokens: float32 keeps 7 digits of them, bfloat16 3.
-        relative = 1e-5 if self.model.dtype == torch.float32 else 1e-2
-        allowed = relative * max(1.0, float(policy.abs().max()))
-        if not gap <= allowed:
+        policy, reference = self._log_probabilities(inputs), self._reference(inputs)
+        tokens = inputs["completion_mask"].sum(dim=1)
+        layers = self.model.config.get_text_config().num_hidden_layers
+        allowed = rounding_of_sums(policy, tokens, layers, self._computes_in)
+        gaps = (policy - reference).abs()
+        worst = int((gaps / allowed).argmax())
+        gap, explained = float(gaps[worst]), float(allowed[worst])
+        if not gap <= FAR * explained:
             raise MedtrainError(
                 f"DPO would start with a margin: policy and reference differ by {gap:.3g} nats "
-                f"on the first rows (rounding explains {allowed:.3g})",
+                f"on the first rows (rounding explains {explained:.3g})",
                 fix="The reference belongs to another adapter, or the SFT adapter was not loaded "
                 "whole: medtrain run CONFIG --force reference, or --force sft.",
             )
+        loss = self._first_loss(inputs, policy - reference, allowed)
+        if gap > explained or not (loss is None or loss.is_explained):
+            self._warn_of_start(console, gap, explained, loss)
+
+    def _warn_of_start(
+        self, console: Console, gap: float, explained: float, loss: FirstLoss | None
+    ) -> None:
+        dtype = str(self._computes_in).removeprefix("torch.")
+        said = "" if loss is None else (
+            f", and the first loss is {loss.found:.4f} where one model has {loss.expected:.4f} "
+            f"(± {loss.allowed:.2g})"
+        )  # fmt: skip
+        console.warn(
+            "dpo_start",
+            f"dpo: policy and reference differ by {gap:.3g} nats on the first rows, where {dtype} "
+            f"explains {explained:.3g}{said}. Their kernels differ: the reference was computed on "
+            "another kind of device or with other versions. Compute it again where DPO runs: "
+            "--force reference",
+            gap=gap,
+            explained=explained,
+        )
+
+    @property
+    def _computes_in(self) -> torch.dtype:
+        if self.args.bf16 or self.args.fp16:
+            return torch.bfloat16 if self.args.bf16 else torch.float16
+        dtype: torch.dtype = self.fed.autocast or self.model.dtype
+        return dtype
+
+    def _first_loss(
+        self, inputs: Any, gaps: torch.Tensor, allowed: torch.Tensor
+    ) -> FirstLoss | None:
+        """The loss that goes with the gaps between policy and reference, (answers,)."""
+        return None
 
     @torch.no_grad()
     def _log_probabilities(self, inputs: Any) -> torch.Tensor:
@@ -113,9 +152,10 @@ class AnswerTrainer(AdapterTrainer):
 class PreferenceTrainer(AnswerTrainer, DPOTrainer):  # type: ignore[misc]
     """DPO on rows of `prompt_ids`, `chosen_ids`, `rejected_ids` and the reference's sums."""
 
-    def computed(self, model: Any, inputs: Any, items: torch.Tensor | None) -> Computed:
-        """The loss that `dpo.loss_type` names, or what TRL makes of settings that ask for more."""
-        more = (
+    @property
+    def _asks_for_more(self) -> bool:
+        """Whether settings of TRL's ask for more than our formulas have."""
+        return (
             self.loss_types[0] not in FORMULAS
             or len(self.loss_types) > 1
             or self.loss_weights != [1.0]
@@ -124,11 +164,30 @@ class PreferenceTrainer(AnswerTrainer, DPOTrainer):  # type: ignore[misc]
             or self.use_weighting
             or self.aux_loss_enabled
         )
-        if more:
+
+    @property
+    def _settings(self) -> Settings:
+        return Settings(self.beta, self.label_smoothing, self.args.discopop_tau)
+
+    def computed(self, model: Any, inputs: Any, items: torch.Tensor | None) -> Computed:
+        """The loss that `dpo.loss_type` names, or what TRL makes of settings that ask for more."""
+        if self._asks_for_more:
             return computed_by_trl(self, DPOTrainer, model, inputs, items)
-        settings = Settings(self.beta, self.label_smoothing, self.args.discopop_tau)
         outputs = answers_scored(model, inputs)
-        return preference(outputs, inputs, self.loss_types[0], settings)
+        return preference(outputs, inputs, self.loss_types[0], self._settings)
+
+    def _first_loss(
+        self, inputs: Any, gaps: torch.Tensor, allowed: torch.Tensor
+    ) -> FirstLoss | None:
+        if self._asks_for_more:
+            return None
+        tokens = inputs["completion_mask"].sum(dim=1).chunk(2)
+
+        def losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+            pairs = Pairs(chosen, rejected, *tokens)
+            return FORMULAS[self.loss_types[0]](pairs, self._settings)
+
+        return first_loss(losses, gaps.view(2, -1), allowed.view(2, -1))
 
 
 def answers_scored(model: Any, inputs: Any) -> Any:

@@ -113,5 +113,5 @@ def train(
         prepared = Prepared(run, config, section, chat, rows, plan, packed)
         fit.feed(trainer, method.feed(prepared))
         if method.checked:
-            trainer.check_start()
+            trainer.check_start(console)
         return {**rows.counts.to_json(), **fit.train(trainer, before=before)}

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from medtrain.errors import MedtrainError
+from medtrain.train.adapter_trainer import AdapterTrainer
 from medtrain.train.ahead import LAG, Ahead, can_leave_out, watch
 from medtrain.train.guard import LossGuard
+from medtrain.train.reference import compute_reference
+from medtrain.train.speed import SpeedMeter
 from medtrain.train.telemetry import Telemetry
 from medtrain.train.trainers import SupervisedTrainer
 from tests.train.conftest import MakeRun, Ready, adapter_bytes
@@ -24,6 +27,7 @@ from tests.train.test_guard import (
     spoilt,
 )
 from tests.train.training import metrics, stopped_at, train
+from tests.train.waits import waits_counted
 
 _CPU = torch.device("cpu")
 _SFT: dict[str, Any] = {"epochs": 2, "batch_size": 1, "gradient_accumulation": 4,
@@ -268,3 +272,39 @@ def test_the_thread_is_gone_when_training_ends(
     with pytest.raises(MedtrainError):
         train(ready, "sft")
     assert not reading()
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "orpo", "kto"])
+def test_nothing_is_read_in_a_step_between_lines(
+    make_dpo_run: MakeRun, monkeypatch: pytest.MonkeyPatch, ahead: None, method: str
+) -> None:
+    """Passes, clipping and the optimiser; on a GPU each reading would wait for all of them."""
+    stage: Any = "sft" if method == "sft" else "dpo"
+    section = {"optimizer": "adamw_torch_fused", "max_steps": 4, "log_every": 4,
+               "gradient_accumulation": 2, "evals_per_epoch": 0}  # fmt: skip
+    ready = make_dpo_run(**{stage: {**section, **({"method": method} if stage == "dpo" else {})}})
+    if method == "kto":
+        compute_reference(*ready)
+    seen: list[str] = []
+
+    def watched(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with waits_counted() as waits:
+                result = original(*args, **kwargs)
+            seen.extend(waits)
+            return result
+
+        return call
+
+    for owner, name in (
+        (AdapterTrainer, "training_step"),
+        (AdapterTrainer, "_get_grad_norm"),
+        (torch.optim.AdamW, "step"),
+    ):
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    # It counts tokens that are still on the host.
+    monkeypatch.setattr(SpeedMeter, "computed", lambda meter, forward: None)
+    monkeypatch.setattr(SpeedMeter, "line", lambda meter: {})
+    monkeypatch.setattr("trl.trainer.utils._use_triton", lambda device: True)
+    train(ready, stage)
+    assert not seen
