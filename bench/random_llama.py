@@ -29,11 +29,11 @@ LLAMA_3_1B: dict[str, Any] = {
 }  # fmt: skip
 """Llama-3.2-1B but for its tied embeddings: input and output are drawn apart."""
 MIDDLE: dict[str, Any] = {
-    "vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
+    "vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 12,
     "num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }  # fmt: skip
-"""Large enough for its activations to outweigh what any training has."""
+"""Large enough for its weights and activations to outweigh what any training has."""
 TINY: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,

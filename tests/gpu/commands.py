@@ -27,7 +27,7 @@ from tests.tiny import tiny_base
 _ROOT = Path(__file__).parents[2]
 _SFT_ALONE = ("--until", "sft")
 _EXACT = ("sft.lora.dropout=0", "sft.log_every=1", "sft.evals_per_epoch=0",
-          "sft.optimizer=adamw_torch")  # fmt: skip
+          "sft.optimizer=adamw_torch_fused")  # fmt: skip
 _LIMIT_S = 280
 
 

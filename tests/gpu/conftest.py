@@ -20,6 +20,7 @@ import pytest
 from tests.gpu.commands import Commands, Done
 from tests.gpu.size import FULL, TINY, Size
 
+BENCH = Path(__file__).parents[2] / "bench"
 ON_CPU = os.environ.get("MEDTRAIN_GPU_TESTS_ON_CPU") == "1"
 _WHOLE: pytest.StashKey[list[Future[Done]]] = pytest.StashKey()
 _STARTED_EARLY = ("whole_run", "loss_runs", "stopped_runs", "expandable_run")
@@ -74,13 +75,17 @@ def started_early(request: pytest.FixtureRequest) -> None:
     for name in _STARTED_EARLY:
         if runnable and name in asked:
             request.getfixturevalue(name)
+    if has_card() and "whole_run" in asked:
+        # Last: nobody waits for it.
+        beside = request.getfixturevalue("commands").whole_on_cpu()
+        request.config.stash[_WHOLE].append(beside)
 
 
 @pytest.fixture(scope="session")
-def whole_run(commands: Commands, size: Size, request: pytest.FixtureRequest) -> Any:
+def whole_run(commands: Commands, request: pytest.FixtureRequest) -> Any:
     """The whole quickstart, in 16 bits with an NF4 base; a future."""
     whole = commands.whole()
-    request.config.stash[_WHOLE] = [whole, commands.whole_on_cpu()] if size.on_card else [whole]
+    request.config.stash[_WHOLE] = [whole]
     return whole
 
 
@@ -108,9 +113,3 @@ def stopped_runs(commands: Commands) -> Any:
 @pytest.fixture(scope="session")
 def expandable_run(commands: Commands) -> Any:
     return commands.expandable()
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a test import what lies in bench/."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))

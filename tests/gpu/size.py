@@ -18,5 +18,5 @@ class Size(NamedTuple):
     """Of each command."""
 
 
-FULL = Size(True, exact_steps=40, stopped_steps=120, stop_at=30, at_once=5, threads=2)
+FULL = Size(True, exact_steps=40, stopped_steps=120, stop_at=30, at_once=6, threads=2)
 TINY = Size(False, exact_steps=4, stopped_steps=8, stop_at=2, at_once=2, threads=1)
