@@ -70,7 +70,7 @@ def _sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         before = weights.cumsum(dim=-1) - weights
         # The most likely token is kept whatever rounding says of its own `before`.
-        before[:, 0] = 0
+        before[:, 0].zero_()
         weights = torch.where(before < sampling.top_p, weights, 0.0)
     # In the order of token ids two tokens of nearly the same probability do not swap their places
     # on the way when a last bit differs; sorted by probability they would.

@@ -8,7 +8,7 @@ which changes the order of sums when it is hit, is off, and a call holds exactly
 plan; the same plan then gives the same answers on the same kind of GPU with the same vLLM, for any
 number of shards and after a resume. Other batches move last bits, unless VLLM_BATCH_INVARIANT=1 is
 set (a beta of vLLM's, for some GPUs only). The draws are vLLM's own and not those of engine
-`transformers`. A batch is a call, so this engine wants a `batch_size` of hundreds.
+`transformers`. A batch is a call, so this engine wants a `batch_size` of hundreds; `auto` is 256.
 """
 
 from __future__ import annotations

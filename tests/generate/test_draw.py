@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medtrain.generate.draw import NOT_A_NUMBER, draw, most_likely
+from medtrain.generate import draw as drawing
+from medtrain.generate.draw import NOT_A_NUMBER, draw, largest_keys, most_likely
 from medtrain.generate.sampling import Sampling, uniforms
 
 
@@ -158,6 +159,32 @@ def test_equal_logits_rank_by_token_id(rows: list[list[float]], count: int) -> N
 def test_zero_and_minus_zero_are_equal() -> None:
     logits: Tensor = torch.tensor([[-0.0, 0.0, -0.0]])
     assert most_likely(logits, 2).tolist() == [[0, 1]]
+    assert largest_keys(logits, 2).tolist() == [[0, 1]]
+
+
+WIDE = st.one_of(
+    LOGIT,
+    st.floats(-(2.0**126), 2.0**126, width=32, allow_subnormal=False),
+    st.sampled_from([-math.inf, -0.0, 0.0]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.lists(st.one_of(WIDE, st.just(math.nan)), min_size=8, max_size=8),
+             min_size=1, max_size=4),
+    st.one_of(HOW, st.just(sampling(0))),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(0, 10**6),
+)  # fmt: skip
+def test_a_draw_without_a_look_at_a_value_is_the_same_draw(
+    rows: list[list[float]], how: Sampling, dtype: torch.dtype, seed: int
+) -> None:
+    logits, numbers = torch.tensor(rows).to(dtype), torch.from_numpy(uniforms(seed, len(rows)))
+    expected = draw(logits, numbers, how)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "most_likely", largest_keys)  # as on a GPU
+        assert torch.equal(drawing.choose(logits, numbers, how), expected)
 
 
 def test_sixteen_bit_logits_are_drawn_in_full_precision() -> None:

@@ -56,7 +56,7 @@ class Recorded:
         Raises:
             RuntimeError: it cannot be recorded, or a replay gives something else.
         """
-        with _stream_kept():
+        with torch.cuda.device(stepper.tokens.device), _stream_kept():
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -68,7 +68,7 @@ class Recorded:
             # Other threads write journals and heartbeats meanwhile: only this one's calls count.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 stepper.step()
-        self._graph.replay()
+        self()
         apart = distance(stepper.logits, expected)
         if not apart <= TOLERANCES.get(expected.dtype, 0.2):
             raise RuntimeError(f"a replay's logits are {apart:.3g} standard deviations off")
@@ -84,7 +84,7 @@ def recorded(stepper: Stepper) -> Run:
     Raises:
         torch.OutOfMemoryError: too little memory is left for it.
     """
-    if stepper.tokens.device.type != "cuda":
+    if not is_on_gpu(stepper):
         return AsItIs(stepper, "there is no GPU")
     try:
         return Recorded(stepper)
@@ -93,6 +93,11 @@ def recorded(stepper: Stepper) -> Run:
         if out_of_memory is not None:
             raise torch.OutOfMemoryError(str(out_of_memory)) from error
         return AsItIs(stepper, first_line(error))
+
+
+def is_on_gpu(stepper: Stepper) -> bool:
+    """Whether there are CUDA graphs for it."""
+    return stepper.tokens.device.type == "cuda"
 
 
 def distance(some: Tensor, others: Tensor) -> float:
