@@ -197,7 +197,11 @@ class _Member:
 
 
 class _Group:
-    """Layers that are expected to be called one after another with the same tensor."""
+    """Layers that are expected to be called one after another with the same tensor.
+
+    Taken apart, its first layer draws what it drew before: nothing of a mask depends on how many
+    layers it is for, so that a run that is gone on with draws what one without a break draws.
+    """
 
     members: tuple[_Member, ...]
 

@@ -81,8 +81,9 @@ class AdaptedLayers(torch.autograd.Function):
         d_low = _gradient_of_low(setting, used, low, ups)
         d_weights: Sequence[torch.Tensor | None] = [None] * (2 * len(ups))
         if any(ctx.needs_input_grad[2:]):
-            dropped = _masked(x.reshape(-1, x.shape[-1]), mask, setting)
-            d_weights = _weight_gradients(ctx, used, dropped, d_low, low, ups)
+            flat = x.reshape(-1, x.shape[-1])
+            # Dropped anew, and let go before x's gradient is made.
+            d_weights = _weight_gradients(ctx, used, _masked(flat, mask, setting), d_low, low, ups)
         d_x = None
         if ctx.needs_input_grad[1]:
             d_x = _input_gradient(setting, used, d_low, down, mask)
