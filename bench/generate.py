@@ -1,12 +1,14 @@
 """Tokens a second of medtrain's decoding, beside plain `model.generate` in the same run.
 
     python bench/generate.py MODEL_DIR [--prompts 64] [--tokens 64] [--batch-size 16] [--samples 2]
+        [--way auto|slots|batches] [--beside-batches]
 
 Needs a model directory with a tokenizer; a model of a few million parameters takes a minute on two
 CPU cores. Both sides decode the same prompts in the same batches with the same sampling, nobody
 stops early, and the two take turns; of the repeats the fastest counts, since a busy machine only
-ever slows one down. `--clock cpu` counts processor seconds: for a CPU that others use too, with
-OMP_NUM_THREADS=1.
+ever slows one down. `--way slots` decodes on a CPU as on a GPU, only step by step, and
+`--beside-batches` shows what slots gain over batch by batch. `--clock cpu` counts processor
+seconds: for a CPU that others use too, with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -45,16 +47,26 @@ def main() -> None:
     size = arguments.batch_size
     batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     clock = time.perf_counter if arguments.clock == "wall" else time.process_time
+    chosen = decoder_of(model, len(tokenizer), arguments, arguments.way)
     sides = {
-        "medtrain": lambda: with_medtrain(model, len(tokenizer), batches, arguments),
+        "medtrain": lambda: with_medtrain(chosen, batches, arguments),
         "model.generate": lambda: with_generate(model, batches, arguments),
     }
+    if arguments.beside_batches:
+        plain = decoder_of(model, len(tokenizer), arguments, "batches")
+        sides["batches"] = lambda: with_medtrain(plain, batches, arguments)
     times = take_turns(sides, arguments.repeats, clock)
     seconds = {name: min(measured) for name, measured in times.items()}
     tokens = arguments.prompts * arguments.samples * arguments.tokens
     result = {f"{name} tokens_per_s": round(tokens / s, 1) for name, s in seconds.items()}
     result["ratio"] = round(seconds["model.generate"] / seconds["medtrain"], 2)
-    print(json.dumps({"tokens": tokens, "dtype": str(dtype), "batch_size": size, **result}))
+    shape = {
+        "tokens": tokens,
+        "dtype": str(dtype),
+        "batch_size": size,
+        "samples": arguments.samples,
+    }
+    print(json.dumps({**shape, "decoder": type(chosen).__name__, **result}))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,6 +77,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="prompts a batch")
     parser.add_argument("--samples", type=int, default=2, help="answers a prompt")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--way", choices=("auto", "slots", "batches"), default="auto")
+    parser.add_argument("--beside-batches", action="store_true", help="also batch by batch")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     return parser.parse_args()
 
@@ -81,16 +95,30 @@ def take_turns(
     return {name: measured[1:] for name, measured in times.items()}
 
 
-def with_medtrain(
-    model: Any, vocabulary_size: int, batches: list[list[list[int]]], arguments: argparse.Namespace
-) -> None:
-    from medtrain.generate.decode import Row, Vocabulary, decode
+def decoder_of(model: Any, vocabulary_size: int, arguments: argparse.Namespace, way: Any) -> Any:
+    from medtrain.console import Console
+    from medtrain.generate.decode import Vocabulary
+    from medtrain.generate.decoders import choose_decoder
     from medtrain.generate.sampling import Sampling
 
     sampling = Sampling(0.7, 50, 0.9, arguments.tokens, arguments.samples)
-    for batch in batches:
-        rows = [[Row(seed, arguments.tokens) for seed in range(arguments.samples)] for _ in batch]
-        decode(model, batch, rows, sampling, Vocabulary(vocabulary_size, 0, frozenset()))
+    vocabulary = Vocabulary(vocabulary_size, 0, frozenset())
+    size = arguments.batch_size
+    return choose_decoder(model, sampling, vocabulary, Console(), prompts=size, way=way)
+
+
+def with_medtrain(
+    decoder: Any, batches: list[list[list[int]]], arguments: argparse.Namespace
+) -> None:
+    from medtrain.generate.decode import Question, Row
+
+    units = (
+        [Question(prompt, [Row(seed, arguments.tokens) for seed in range(arguments.samples)])
+         for prompt in batch]
+        for batch in batches
+    )  # fmt: skip
+    for _ in decoder.answer(units):
+        pass
 
 
 def with_generate(
