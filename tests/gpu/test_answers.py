@@ -152,7 +152,8 @@ def _llama(hidden: int, layers: int, spread: float) -> Any:
         vocab_size=_VOCAB, hidden_size=hidden, intermediate_size=2 * hidden,
         num_hidden_layers=layers, num_attention_heads=hidden // 16,
         num_key_value_heads=hidden // 32, max_position_embeddings=1024,
-        tie_word_embeddings=False, initializer_range=spread, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=False, initializer_range=spread,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)

@@ -12,6 +12,8 @@ from tests.gpu.commands import Done
 pytestmark = pytest.mark.gpu
 _NATS = 0.05
 """What rounding to 16 bits may make of a merge, for each token."""
+_FIRST_LOSS = 0.02
+"""What it may make of a mean over pairs; medtrain.train.rounding has the bound of each answer."""
 
 
 @pytest.fixture
@@ -33,5 +35,6 @@ def test_a_merged_model_says_what_its_adapter_says(whole: Done, stage: str) -> N
 
 
 def test_dpo_begins_at_ln_2(whole: Done) -> None:
-    """Before its first step the policy is the reference."""
-    assert whole.losses("dpo")[0] == pytest.approx(math.log(2), abs=0.02)
+    """Before its first step the policy is the reference, but for rounding, of which a run warns."""
+    assert whole.losses("dpo")[0] == pytest.approx(math.log(2), abs=_FIRST_LOSS)
+    assert "event=dpo_start" not in whole.run.log.read_text()
