@@ -118,13 +118,13 @@ def _places(
 
 
 def _cut(room: torch.Tensor, shapes: Sequence[torch.Size]) -> list[torch.Tensor]:
-    parts = torch.split(room, [shape.numel() for shape in shapes])
+    parts = room.split_with_sizes([shape.numel() for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _by_rank(low: torch.Tensor, ups: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Each layer's own columns of (tokens, all ranks)."""
-    return torch.split(low, [up.shape[1] for up in ups], dim=1)
+    return low.split_with_sizes([up.shape[1] for up in ups], dim=1)
 
 
 def _dropped(x: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -190,7 +190,7 @@ def _weight_gradients(
         if gradient is not None:
             d_up.addmm_(gradient.t(), part, beta=0, alpha=layer.scale)
     d_down, *d_ups = _cast_together([d_down, *d_ups], ctx.weight_dtype)
-    d_downs = torch.split(d_down, [up.shape[1] for up in ups])
+    d_downs = d_down.split_with_sizes([up.shape[1] for up in ups])
     wanted = [gradient is not None for gradient in used] * 2
     return [
         one if is_wanted and needed else None
