@@ -17,6 +17,7 @@ from trl.trainer.utils import add_fused_lm_head
 from medtrain.config import RunConfig, parse_config
 from medtrain.config.lora_path import why_not_fused
 from medtrain.errors import ConfigError
+from medtrain.launch.strategy import refuse
 from medtrain.train.adapter import write_adapter
 from medtrain.train.fused_lora import fuse, fuse_where_it_fits
 from tests.train.conftest import MakeRun
@@ -235,6 +236,8 @@ def test_settings_that_speak_against_it(settings: dict[str, Any], strategy: str,
     assert why_not_fused(config(False), strategy) == "train.fused_lora is false"
     with pytest.raises(ConfigError, match=f"fused_lora=true is not possible: .*{why}"):
         why_not_fused(config(True), strategy)
+    with pytest.raises(ConfigError, match=f"fused_lora=true is not possible: .*{why}"):
+        refuse(strategy, config(True), on_gpu=True)
 
 
 def test_a_run_learns_the_same_with_and_without(make_run: MakeRun) -> None:
