@@ -68,17 +68,17 @@ class TransformersEngine:
         # Before the first batch is taken: a death while loading is not the fault of its rows.
         decoder = self._ready()
         refused: deque[Answered] = deque()
-        for question in decoder.answer(self._units(batches, refused)):
-            while refused:
-                yield refused.popleft()
-            answers = tuple(self._as_answer(row) for row in question.rows)
-            yield Answered(question.tag, answers)
-        yield from refused
+        try:
+            for question in decoder.answer(self._units(batches, refused)):
+                while refused:
+                    yield refused.popleft()
+                yield Answered(question.tag, tuple(self._as_answer(row) for row in question.rows))
+            yield from refused
+        finally:
+            decoder.close()  # its memory: what comes next with this model may want it
 
     def close(self) -> None:
         """Drop the model and give its GPU memory back."""
-        if self._decoder is not None:
-            self._decoder.close()
         self._decoder = self._model = None
         release_memory()
 

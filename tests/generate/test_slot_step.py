@@ -73,7 +73,7 @@ class HostLooks(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, TOP_K, TOP_P, ALL], ids=str)
-@torch.inference_mode()
+@torch.no_grad()
 def test_a_step_never_makes_the_host_look(
     model: Any, shape: CacheShape, monkeypatch: pytest.MonkeyPatch, sampling: Sampling
 ) -> None:
@@ -88,7 +88,7 @@ def test_a_step_never_makes_the_host_look(
     assert stepper.status.tolist()[1] == 0, "a slot without a row comes along and stays idle"
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_what_a_step_keeps_stays_where_it_is(model: Any, shape: CacheShape) -> None:
     def addresses() -> list[int]:
         kept = [t for t in vars(stepper).values() if isinstance(t, torch.Tensor)]
@@ -107,7 +107,7 @@ def test_what_a_step_keeps_stays_where_it_is(model: Any, shape: CacheShape) -> N
 
 
 @pytest.mark.parametrize("slot", range(4))
-@torch.inference_mode()
+@torch.no_grad()
 def test_a_row_computes_the_same_bits_in_any_slot_beside_anybody(
     model: Any, shape: CacheShape, slot: int
 ) -> None:
@@ -173,7 +173,7 @@ class FakeGraphs:
         self.stepper.logits.add_(self.off_by)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_a_step_is_warmed_up_recorded_compared_and_then_replayed(
     model: Any, shape: CacheShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +186,7 @@ def test_a_step_is_warmed_up_recorded_compared_and_then_replayed(
     assert stepper.status.tolist() == [0, 0, 0]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_a_step_that_cannot_be_recorded_runs_as_it_is(
     model: Any, shape: CacheShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +198,7 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(
     assert (fake.steps, fake.replays) == (5, 0)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_a_replay_that_gives_something_else_is_not_used(
     model: Any, shape: CacheShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +207,7 @@ def test_a_replay_that_gives_something_else_is_not_used(
     assert "standard deviations off" in (recording.recorded(stepper).why_not_recorded or "")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_too_little_memory_while_recording_is_too_little_memory(
     model: Any, shape: CacheShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,10 +1,11 @@
 """Units of prompts through slots: finished rows go, waiting ones take their places.
 
 free slots → the next unit is taken, read at once, and its samples wait → into slots → a few steps →
-the host looks which rows ended → answered questions are handed over. A unit is taken only when a
-slot is free for it, so that little is in flight. Slots of another length are made when all rows of
-the length before have ended: a row's neighbours never decide how long its slot is.
-Out of memory: half the slots, and rows that had not ended begin again; their seeds are theirs.
+the host looks which rows ended → answered questions are handed over while the next steps run. A
+unit is taken only when a slot is free for it, so that little is in flight. Slots of another length
+are made when all rows of the length before have ended: a row's neighbours never decide how long its
+slot is. Out of memory: half the slots, and rows that had not ended begin again; their seeds are
+theirs.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class _Work:
     """By slot."""
     left: dict[int, int] = field(default_factory=dict)
     """By slot: steps after which its row has surely ended."""
+    answered: deque[Question] = field(default_factory=deque)
+    """Not handed over yet."""
 
 
 class SlotDecoder:
@@ -109,16 +112,21 @@ class SlotDecoder:
     def close(self) -> None:
         """Give the slots' memory back."""
         self._slots = None
+        release_memory()
 
     def _answer(self, work: _Work) -> Iterator[Question]:
         while True:
             self._fill(work)
+            if work.busy:
+                self._advance(work)
+            # Handed over while the device works on what was just begun.
+            while work.answered:
+                yield work.answered.popleft()
             if not work.busy:
                 return
-            self._advance(work)
-            yield from self._take_ended(work)
+            self._take_ended(work)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _fill(self, work: _Work) -> None:
         """Put waiting rows into free slots, taking units as they are needed."""
         while self._slots is None or len(work.busy) < self._slots.stepper.slots:
@@ -188,7 +196,7 @@ class SlotDecoder:
         prompt = question.prompt
         return Entry(number, prompt[-1], len(prompt), row.max_tokens, uniforms(row.seed, count))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _advance(self, work: _Work) -> None:
         """A few steps, but none when the last row must have ended."""
         assert self._slots is not None
@@ -198,11 +206,10 @@ class SlotDecoder:
         for slot in work.left:
             work.left[slot] = max(1, work.left[slot] - steps)
 
-    @torch.inference_mode()
-    def _take_ended(self, work: _Work) -> list[Question]:
-        """The questions that are answered by the rows that have ended since the last look."""
+    @torch.no_grad()
+    def _take_ended(self, work: _Work) -> None:
+        """Take the rows that have ended since the last look, and note what they answer."""
         assert self._slots is not None
-        answered = []
         for slot, status, tokens in self._slots.stepper.look(list(work.busy)):
             question, row = work.busy.pop(slot)
             del work.left[slot]
@@ -210,10 +217,9 @@ class SlotDecoder:
                 raise not_a_number(self._model)
             row.tokens, row.finish = tokens, FINISHES[status]
             if question.is_answered:
-                answered.append(question)
-        if answered:
+                work.answered.append(question)
+        if work.answered:
             work.begun = [unit for unit in work.begun if not all(q.is_answered for q in unit)]
-        return answered
 
     def _halve(self, work: _Work) -> None:
         """Half the slots, and all rows that have not ended once more."""

@@ -91,7 +91,7 @@ def footprint_of(model: Any, shape: CacheShape) -> Footprint:
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _compare(model: Any, sampling: Sampling, vocabulary: Vocabulary) -> Fit:
     prompts = [[(7 * i + 3) % vocabulary.size for i in range(n)] for n in _PROMPT_LENGTHS]
     windows = windows_of(model.config)

@@ -35,7 +35,7 @@ class Group:
             self.waiting += ((number, row) for row in question.rows if row.finish is None)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read(forward: Forward, prompts: Sequence[Sequence[int]], pad: int) -> DynamicCache:
     """Run prompts, padded on the right: keys and values of all of them, (prompts, …, longest, …).
 

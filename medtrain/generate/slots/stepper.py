@@ -125,13 +125,13 @@ class Stepper:
             entries: the rows.
             slots: one for each, none of them going.
         """
-        put = self._on_device(slots)
-        self.cache.take(prompts, self._on_device([entry.prompt for entry in entries]), put)
-        self.tokens[put] = self._on_device([entry.last_token for entry in entries])
-        self.cache.positions[put] = self._on_device([entry.length - 1 for entry in entries])
-        self._limits[put] = self._on_device([entry.limit for entry in entries])
-        self._counts[put] = 0
-        self.status[put] = GOING
+        facts = [(e.prompt, e.last_token, e.length - 1, e.limit) for e in entries]
+        # One copy to the device, which waits for what it has to do before.
+        columns = self._on_device([slots, *zip(*facts, strict=True)])
+        put, prompt, last_token, position, limit = columns
+        self.cache.take(prompts, prompt, put)
+        self.tokens[put], self.cache.positions[put] = last_token, position
+        self._limits[put], self._counts[put], self.status[put] = limit, 0, GOING
         if not self._sampling.greedy:
             numbers = torch.zeros((len(entries), self._uniforms.shape[1]), dtype=torch.float64)
             for row, entry in enumerate(entries):
@@ -144,7 +144,7 @@ class Stepper:
         ended = [slot for slot in busy if status[slot] != GOING]
         if not ended:
             return []
-        put = self._on_device(ended)
+        put = self._on_device([ended])[0]
         outputs, counts = self._output[put].tolist(), self._counts[put].tolist()
         self.status[put] = IDLE
         return [
@@ -152,5 +152,6 @@ class Stepper:
             for slot, output, count in zip(ended, outputs, counts, strict=True)
         ]
 
-    def _on_device(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(list(numbers), dtype=torch.int64).to(self.tokens.device)
+    def _on_device(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        numbers = torch.tensor([list(row) for row in rows], dtype=torch.int64)
+        return numbers.to(self.tokens.device)
