@@ -9,6 +9,7 @@ first test begins, so that they run beside what is computed in this process.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -56,6 +57,17 @@ def device() -> Any:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """What a module has put on the card is no part of what the next one measures."""
+    yield
+    gc.collect()
+    if has_card():
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture(scope="session")
 def size() -> Size:
     return FULL if has_card() else TINY
@@ -94,7 +106,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     sides = ("in bfloat16 on this device", "in float32 on the CPU beside it, 2 threads")
     for side, run in zip(sides, config.stash.get(_WHOLE, []), strict=False):
         ended = run.done() and not run.cancelled() and run.exception() is None
-        took = f"{run.result().seconds:.0f} s" if ended else "had not ended"
+        took = f"{run.result().seconds:.0f} s" if ended and not run.result().code else "not ended"
         terminalreporter.write_line(f"whole quickstart {side}: {took}")
 
 

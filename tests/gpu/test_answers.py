@@ -99,6 +99,13 @@ def test_too_little_memory_halves_the_rows_and_goes_on(
 # What is asked, of whom
 
 
+@pytest.fixture(scope="module", autouse=True)
+def models_dropped(nothing_left_behind: None) -> Iterator[None]:
+    yield
+    model_on.cache_clear()
+    wide_model.cache_clear()
+
+
 def answered(
     model: Any,
     sampling: Sampling,

@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 from medtrain.attention.choice import Kernel, choose
 from medtrain.attention.families import FAMILIES
 from medtrain.attention.kernels import attend_by
-from medtrain.attention.trial import Shape, distance_from_rows, facts_of
+from medtrain.attention.trial import Shape, distance_from_rows, facts_of, settled
 from medtrain.train.loader import supervised_batch
 from medtrain.train.packed import PackedForward
 from medtrain.train.rows import IGNORED
@@ -69,13 +69,15 @@ def test_every_kernel_gives_what_row_by_row_gives(
     allowed = 2e-2 if dtype == torch.bfloat16 else 1e-4
     for kernel in offered:
         for window in (None, 7, 1000) if windowed else (None,):
-            distance = distance_from_rows(attend_by(kernel), shape, window)
+            try:
+                distance = distance_from_rows(attend_by(kernel), shape, window)
+            except RuntimeError:  # as a card may refuse a shape, but then nobody takes it
+                assert settled(shape).kernel != kernel
+                continue
             assert distance <= allowed, (kernel, window)
 
 
 def test_a_card_of_this_century_packs_in_one_call(card: torch.device) -> None:
-    from medtrain.attention.trial import settled
-
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("flash attention begins with compute capability 8.0")
     choice = settled(Shape(card, torch.bfloat16, 32, 8, 128, False))
