@@ -83,6 +83,20 @@ def accelerate(
     )  # fmt: skip
 
 
+def torchrun(
+    script: Path, *arguments: str | Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`torchrun` of two processes on a CPU."""
+    surroundings = {k: v for k, v in os.environ.items() if not k.startswith(_OF_LAUNCHERS)}
+    surroundings |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [sys.executable, *launch, str(script), *map(str, arguments)],
+        env={**surroundings, **environment},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
 def medtrain(
     *arguments: str | Path, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from medtrain.files import read_json, read_jsonl
 from medtrain.run import Run, Trained
 from medtrain.train.adapter import WEIGHTS_FILE
-from tests.small_run import accelerate, medtrain, write_config
+from tests.small_run import accelerate, medtrain, torchrun, write_config
 from tests.train.test_model import other_base
 
 STRATEGIES = ["ddp", "zero2", "zero3"]
@@ -189,6 +189,46 @@ def test_a_loss_that_is_no_number_in_one_process_is_left_out_by_all(
     assert all(math.isfinite(loss) for loss in found.values())
     trained = load_file(run.adapter("sft") / WEIGHTS_FILE)
     assert all(bool(weight.isfinite().all()) for weight in trained.values())
+
+
+_AHEAD = """
+import os
+from medtrain.train import ahead, step
+from medtrain.train.adapter_trainer import AdapterTrainer
+ahead.DEVICES = step._READ_AHEAD_FOR = ("cpu",)
+theirs = AdapterTrainer.training_step
+
+def training_step(self, *args):
+    if os.environ["RANK"] == os.environ.get("TOLD") and self.state.global_step == 3:
+        self.stop.ask()
+    return theirs(self, *args)
+
+AdapterTrainer.training_step = training_step
+from medtrain.cli import main
+main()
+"""
+
+
+def test_processes_that_run_ahead_stop_at_one_step_and_go_on_exactly(
+    ready: Path, tmp_path: Path
+) -> None:
+    """As on GPUs: one is told in step 4, and all hear of it two steps later."""
+    undisturbed, told = (copied(ready, tmp_path / name, without="sft") for name in ("un", "told"))
+    (tmp_path / "child.py").write_text(_AHEAD)
+    options = ("sft.optimizer=adamw_torch_fused", "sft.log_every=10", "sft.evals_per_epoch=0")
+
+    def launched(run: Run, **environment: str) -> subprocess.CompletedProcess[str]:
+        return torchrun(tmp_path / "child.py", *command(run, "sft", *options)[2:], **environment)
+
+    result = launched(undisturbed)
+    assert result.returncode == 0, result.stderr
+    result = launched(told, TOLD="1")
+    assert result.returncode != 0
+    assert "at step 6 of 10" in " ".join(result.stderr.split())
+    result = launched(told)
+    assert result.returncode == 0, result.stderr
+    assert learnt(told, "sft") == learnt(undisturbed, "sft")
+    assert weights(told, "sft") == weights(undisturbed, "sft")
 
 
 def test_each_process_draws_its_own_dropout_again(ready: Path, tmp_path: Path) -> None:
