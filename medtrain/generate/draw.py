@@ -127,8 +127,9 @@ def _keys(values: Tensor, ids: Tensor) -> Tensor:
         ids: (candidates,) or (rows, candidates), int64, below 2 ** 32.
     """
     bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0 in its bits too
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    return (ordered << 32) | (0xFFFFFFFF - ids)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    # One pass over the vocabulary that widens, shifts and adds.
+    return torch.add(0xFFFFFFFF - ids, ordered, alpha=1 << 32)
 
 
 def _ids(keys: Tensor) -> Tensor:

@@ -204,7 +204,8 @@ def test_a_decoder_goes_on_after_somebody_stopped_listening(model: Any) -> None:
         console=Console(quiet=True),
     )  # fmt: skip
     units = plan(4)
-    next(abandoned := decoder.answer(questions(units, SAMPLED)))
+    abandoned: Any = decoder.answer(questions(units, SAMPLED))
+    next(abandoned)
     abandoned.close()
     asked = questions(units, SAMPLED)
     assert len(list(decoder.answer(asked))) == sum(map(len, units))

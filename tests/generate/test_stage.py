@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from medtrain.console import Console
 from medtrain.errors import DataError, MedtrainError
 from medtrain.files import read_jsonl, write_json
-from medtrain.generate import batches
+from medtrain.generate import batches, transformers_engine
 from medtrain.generate.stage import generate
 from medtrain.run import Run
 from tests.generate.endpoint import echo, fails, serving
@@ -63,6 +64,26 @@ def test_the_number_of_shards_changes_no_byte(
 ) -> None:
     run = copy_of(pristine, tmp_path)
     do(run, num_shards=num_shards)
+    assert run.candidates.read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_slots_change_no_byte_either(
+    pristine: Path,
+    tmp_path: Path,
+    undisturbed: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    num_shards: int,
+) -> None:
+    in_slots = partial(transformers_engine.choose_decoder, way="slots")  # type: ignore[attr-defined]
+
+    def chosen(*arguments: Any, prompts: Any, way: str) -> Any:
+        assert (prompts, way) == ("auto", "auto")
+        return in_slots(*arguments, prompts=3)
+
+    monkeypatch.setattr(transformers_engine, "choose_decoder", chosen)
+    run = copy_of(pristine, tmp_path)
+    do(run, num_shards=num_shards, batch_size="auto")
     assert run.candidates.read_bytes() == undisturbed
 
 
