@@ -133,7 +133,7 @@ def test_an_early_stop_that_the_evaluation_left_over_decides(
 ) -> None:
     wild = {"learning_rate": 0.3, "scheduler": "constant", "evals_per_epoch": 4, "epochs": 5,
             "early_stopping": 2, "batch_size": 4, "max_grad_norm": 100.0, "eval_batch_size": 1,
-            "max_length": 64}  # fmt: skip
+            "max_length": 64, "lora": {"r": 4, "dropout": 0.0}}  # fmt: skip
     whole, stopped = make_run("whole", sft=wild), make_run("stopped", sft=wild)
     expected = train(whole, "sft")
     assert expected["steps"] < 40
