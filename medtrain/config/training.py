@@ -54,7 +54,8 @@ class TrainingConfig(Section):
     cost."""
     max_bad_batches: int = Field(3, ge=0)
     """Forward passes whose loss is no number, or has exploded, before training stops and names
-    their rows; the former are left out of their step."""
+    their rows; the former are left out of their step. A GPU is not waited for after each pass:
+    there the whole step is left out and counts as one."""
     early_stopping: int = Field(0, ge=0)
     """Stop after this many evaluations without a better loss; 0 for never."""
     validation_fraction: float = Field(0.05, ge=0, lt=0.5)

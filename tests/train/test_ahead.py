@@ -63,6 +63,20 @@ def test_it_changes_nothing_where_nothing_is_bad(
     assert rounded(metrics(running.run, stage)) == metrics(waiting.run, stage)
 
 
+def test_processes_that_read_and_the_thread_that_reads_from_them_change_nothing(
+    make_run: MakeRun, ahead: None
+) -> None:
+    options = {**_SFT, "max_steps": 5}
+    alone, helped = (
+        make_run(f"workers-{workers}", sft={**options, "trainer": {
+            "dataloader_num_workers": workers}})
+        for workers in (0, 1)
+    )  # fmt: skip
+    for ready in (alone, helped):
+        train(ready, "sft")
+    assert adapter_bytes(helped.run, "sft") == adapter_bytes(alone.run, "sft")
+
+
 def weights_by_step(monkeypatch: pytest.MonkeyPatch) -> dict[int, torch.Tensor]:
     """Fill a dictionary with all trained weights after each step."""
     found: dict[int, torch.Tensor] = {}
