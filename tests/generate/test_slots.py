@@ -51,6 +51,11 @@ def family(name: str) -> Any:
                    "layer_types": ["sliding_attention", "full_attention"] * 2},
         "Phi3": {},
         "Mixtral": {"num_local_experts": 4},
+        # Keys and values of different sizes.
+        "DeepseekV3": {"num_key_value_heads": 4, "num_hidden_layers": 2, "n_routed_experts": 4,
+                       "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "head_dim": 8,
+                       "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+                       "qk_nope_head_dim": 8, "v_head_dim": 12, "moe_intermediate_size": 32},
     }  # fmt: skip
     config = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
     with torch.random.fork_rng(devices=[]):
@@ -131,7 +136,8 @@ def in_slots(
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, NUCLEUS], ids=["greedy", "top-k", "top-p"])
 @pytest.mark.parametrize(
-    "name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3", "Mixtral"]
+    "name",
+    ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3", "Mixtral", "DeepseekV3"],
 )
 def test_slots_draw_the_tokens_of_the_plain_loop(name: str, sampling: Sampling) -> None:
     model, units = family(name), plan(5, units=4)

@@ -8,6 +8,7 @@ slot behind its row's position is never looked at, and overwritten as the row go
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
+
+Size = tuple[int, int]
+"""Heads, head size."""
 
 
 class PromptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
@@ -45,12 +49,38 @@ class PromptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not ty
         return key_states, value_states
 
 
+class PromptCache(DynamicCache):  # type: ignore[misc]
+    """For one pass over prompts padded on the right."""
+
+    layers: list[PromptLayer]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.layers = [PromptLayer(is_sliding=layer.is_sliding) for layer in self.layers]
+        self.stacks: dict[Size, Tensor] = {}
+        """Once they are filled: keys and values of all layers, (tensors, prompts, heads, longest,
+        head size), by size and in the order of the layers, a layer's keys first."""
+
+    def stack(self) -> None:
+        """Lay what the pass left into few tensors: copied at once, and not layer by layer."""
+        kept = [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
+        for size in dict.fromkeys(map(_size, kept)):
+            self.stacks[size] = torch.stack([tensor for tensor in kept if _size(tensor) == size])
+        views = {size: iter(stack) for size, stack in self.stacks.items()}
+        for layer in self.layers:  # what was stacked is let go
+            layer.keys = next(views[_size(layer.keys)])
+            layer.values = next(views[_size(layer.values)])
+
+
+def _size(kept: Tensor) -> Size:
+    return kept.shape[1], kept.shape[3]
+
+
 class LayerShape(NamedTuple):
     """What a layer keeps of a token."""
 
-    keys: tuple[int, int]
-    """Heads, head size."""
-    values: tuple[int, int]
+    keys: Size
+    values: Size
     window: int | None
     """Positions that a token looks back at, itself counted; None for all."""
 
@@ -64,14 +94,10 @@ class CacheShape:
     device: torch.device
 
     @classmethod
-    def of(cls, prompts: DynamicCache, windows: Sequence[int | None]) -> CacheShape:
+    def of(cls, prompts: PromptCache, windows: Sequence[int | None]) -> CacheShape:
         """As a pass over any prompt left it."""
         layers = [
-            LayerShape(
-                (layer.keys.shape[1], layer.keys.shape[3]),
-                (layer.values.shape[1], layer.values.shape[3]),
-                window,
-            )
+            LayerShape(_size(layer.keys), _size(layer.values), window)
             for layer, window in zip(prompts.layers, windows, strict=True)
         ]
         first = prompts.layers[0].keys
@@ -140,18 +166,27 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def __init__(self, shape: CacheShape, slots: int, length: int) -> None:
         """Empty slots, `slots` of `length` positions."""
-
-        # Zeros: a slot that was never used is computed with too, and must hold numbers.
-        def zeros(heads: int, size: int) -> Tensor:
-            where = (slots, heads, length, size)
-            return torch.zeros(where, dtype=shape.dtype, device=shape.device)
-
         rows = torch.arange(slots, device=shape.device)
         self.positions = torch.zeros_like(rows)
         """(slots,) int64: where each slot's next token goes."""
+        sizes = Counter(size for kept in shape.layers for size in (kept.keys, kept.values))
+        # Zeros: a slot that was never used is computed with too, and must hold numbers.
+        self._stacks = {
+            (heads, size): torch.zeros(
+                (tensors, slots, heads, length, size), dtype=shape.dtype, device=shape.device
+            )
+            for (heads, size), tensors in sizes.items()
+        }
+        buffers = {size: iter(stack) for size, stack in self._stacks.items()}
         super().__init__(
             layers=[
-                SlotLayer(zeros(*kept.keys), zeros(*kept.values), kept.window, rows, self.positions)
+                SlotLayer(
+                    next(buffers[kept.keys]),
+                    next(buffers[kept.values]),
+                    kept.window,
+                    rows,
+                    self.positions,
+                )
                 for kept in shape.layers
             ]
         )
@@ -173,25 +208,16 @@ class SlotCache(Cache):  # type: ignore[misc]
             mask = torch.where(seen, 0.0, self._hidden).to(self._dtype)
             self.masks[window] = mask[:, None, None, :]
 
-    def take(self, prompts: DynamicCache, rows: Tensor, slots: Tensor) -> None:
+    def take(self, prompts: PromptCache, rows: Tensor, slots: Tensor) -> None:
         """Copy prompts' keys and values to the front of slots.
 
         Args:
-            prompts: as they were run; not longer than a slot.
+            prompts: as they were run and stacked; not longer than a slot.
             rows: (n,) int64, which prompt goes …
             slots: (n,) int64, … where.
         """
-        for source, target in zip(prompts.layers, self.layers, strict=True):
-            longest = source.keys.shape[2]
-            target.keys[slots, :, :longest] = source.keys[rows]
-            target.values[slots, :, :longest] = source.values[rows]
-
-
-def prompt_cache(config: Any) -> DynamicCache:
-    """An empty cache for one pass over prompts padded on the right."""
-    cache = DynamicCache(config=config)
-    cache.layers = [PromptLayer(is_sliding=layer.is_sliding) for layer in cache.layers]
-    return cache
+        for size, source in prompts.stacks.items():
+            self._stacks[size][:, slots, :, : source.shape[3]] = source[:, rows]
 
 
 def windows_of(config: Any) -> tuple[int | None, ...] | None:

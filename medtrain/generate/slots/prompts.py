@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import DynamicCache
 
 from medtrain.generate.decode import Question, Row
 from medtrain.generate.forward import Forward
-from medtrain.generate.slots.cache import prompt_cache
+from medtrain.generate.slots.cache import PromptCache
 
 
 @dataclass(slots=True)
@@ -25,7 +24,7 @@ class Group:
     questions: Sequence[Question]
     length: int
     """Of the slots they go to: their unit's."""
-    cache: DynamicCache | None = None
+    cache: PromptCache | None = None
     """Once they are read."""
     waiting: deque[tuple[int, Row]] = field(default_factory=deque)
     """(question, row), those that have not ended."""
@@ -36,13 +35,14 @@ class Group:
 
 
 @torch.no_grad()
-def read(forward: Forward, prompts: Sequence[Sequence[int]], pad: int) -> DynamicCache:
+def read(forward: Forward, prompts: Sequence[Sequence[int]], pad: int) -> PromptCache:
     """Run prompts, padded on the right: keys and values of all of them, (prompts, …, longest, …).
 
     No mask is needed: a prompt's own tokens come before its padding and look back only.
     """
     longest = max(map(len, prompts))
     tokens = torch.tensor([[*prompt, *[pad] * (longest - len(prompt))] for prompt in prompts])
-    cache = prompt_cache(forward.model.config)
+    cache = PromptCache(forward.model.config)
     forward(tokens.to(forward.model.device), None, None, cache)
+    cache.stack()
     return cache

@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache
 
 from medtrain.generate.draw import NOT_A_NUMBER, choose
 from medtrain.generate.engine import Finish
 from medtrain.generate.forward import Forward
 from medtrain.generate.sampling import Sampling
 from medtrain.generate.slots.attention import slots_in_use
-from medtrain.generate.slots.cache import SlotCache
+from medtrain.generate.slots.cache import PromptCache, SlotCache
 
 IDLE, GOING, STOPPED, FULL, BROKEN = range(5)
 FINISHES: dict[int, Finish] = {STOPPED: "stop", FULL: "length"}
@@ -117,7 +116,7 @@ class Stepper:
             positions = self.cache.positions[:, None]
             return self._forward(self.tokens[:, None], positions, None, self.cache)
 
-    def enter(self, prompts: DynamicCache, entries: Sequence[Entry], slots: Sequence[int]) -> None:
+    def enter(self, prompts: PromptCache, entries: Sequence[Entry], slots: Sequence[int]) -> None:
         """Put rows into slots, and have them go.
 
         Args:
