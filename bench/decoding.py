@@ -80,6 +80,7 @@ class Sides:
 
     def by_generate(self, new: int) -> None:
         """transformers alone."""
+        _cudnn(True)
         arguments: Any = SimpleNamespace(samples=SAMPLES, tokens=new)
         with_generate(self._model, [self._prompts], arguments)
 
@@ -87,6 +88,7 @@ class Sides:
         """A decoder of ours, which is kept as an engine keeps it."""
         from medtrain.generate.decode import Question, Row
 
+        _cudnn(False)
         if way not in self._decoders:
             self.close()
             self._decoders[way] = self._decoder("batches" if way == "batches" else "slots")
@@ -129,6 +131,13 @@ def eager_steps() -> Iterator[None]:
 
     with mock.patch.object(decoder, "recorded", lambda stepper: AsItIs(stepper, "as asked")):
         yield
+
+
+def _cudnn(on: bool) -> None:
+    """Each side as it comes: medtrain leaves cuDNN's attention out where it loads a model."""
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(on)
 
 
 def _model(shape: dict[str, Any]) -> Any:

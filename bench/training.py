@@ -191,6 +191,8 @@ class Training:
         from medtrain.train.adapter import add_adapter, trainable_parameters
         from medtrain.train.fused_lora import fuse_where_it_fits
 
+        # Each side as it comes: medtrain leaves cuDNN's attention out where it loads a model.
+        torch.backends.cuda.enable_cudnn_sdp(not packed)
         attention = attention_for(self.config.model.attention, packed=packed)
         base = random_llama(self._shape, dtype=self._dtype, device=self._device,
                             attention=attention, quantized=self._setting.quantized)  # fmt: skip
