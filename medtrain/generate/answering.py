@@ -57,7 +57,7 @@ def answer_shards(
     """
     sampling = Sampling.of(section)
     prompts = {p.id: p for p in make_prompts(examples, chat, sampling, config.seed)}
-    engine = make_engine(section, config.model, source, chat, sampling, console)
+    engine = make_engine(section, config.model, source, chat, sampling, console, len(prompts))
 
     def work(batches: Iterable[list[Request]]) -> Iterator[tuple[str, dict[str, Any]]]:
         for done in engine.answer([prompts[r.id] for r in batch] for batch in batches):

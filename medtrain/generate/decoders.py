@@ -43,6 +43,7 @@ def choose_decoder(
     console: Console,
     *,
     prompts: int | Literal["auto"] = "auto",
+    in_all: int | None = None,
     way: Literal["auto", "slots", "batches"] = "auto",
 ) -> Decoder:
     """The decoder for a model where it lies; says which one, and why.
@@ -53,6 +54,7 @@ def choose_decoder(
         vocabulary: stop, pad, size.
         console: is told.
         prompts: whose answers are computed at a time; `auto` lets memory decide.
+        in_all: prompts that the whole stage has; None where nobody knows.
         way: `slots` takes them on a CPU too, where they only lose.
 
     Raises:
@@ -66,7 +68,7 @@ def choose_decoder(
     else:
         fit = try_slots(model, sampling, vocabulary)
         if fit.shape is not None:
-            number = _number_of_slots(model, fit.shape, prompts, sampling)
+            number = _number_of_slots(model, fit.shape, prompts, in_all, sampling)
             return SlotDecoder(
                 model, sampling, vocabulary, shape=fit.shape, number=number, console=console
             )
@@ -81,7 +83,11 @@ def choose_decoder(
 
 
 def _number_of_slots(
-    model: Any, shape: CacheShape, prompts: int | Literal["auto"], sampling: Sampling
+    model: Any,
+    shape: CacheShape,
+    prompts: int | Literal["auto"],
+    in_all: int | None,
+    sampling: Sampling,
 ) -> Callable[[int], int]:
     """Length of slots → how many there are to be."""
     if prompts != "auto" or model.device.type != "cuda":
@@ -89,4 +95,5 @@ def _number_of_slots(
         return lambda length: together * sampling.num_samples
     footprint = footprint_of(model, shape)
     memory = torch.cuda.get_device_properties(model.device).total_memory
-    return lambda length: footprint.slots_in(memory, length)
+    rows = None if in_all is None else in_all * sampling.num_samples
+    return lambda length: footprint.slots_in(memory, length, rows)

@@ -104,6 +104,7 @@ def make_engine(
     chat: ChatTokenizer,
     sampling: Sampling,
     console: Console | None = None,
+    in_all: int | None = None,
 ) -> Engine:
     """The engine that a section of the configuration asks for; nothing is loaded yet.
 
@@ -114,6 +115,7 @@ def make_engine(
         chat: its chat format.
         sampling: how to draw.
         console: is told how answers are decoded; None tells nobody.
+        in_all: prompts that the whole stage has; None where nobody knows.
 
     Raises:
         ConfigError: engine `vllm` is asked for and not installed.
@@ -134,5 +136,6 @@ def make_engine(
         sampling,
         console=console,
         batch_size=section.batch_size,
+        in_all=in_all,
         way=section.decoding,
     )

@@ -36,6 +36,7 @@ class TransformersEngine:
         *,
         console: Console | None = None,
         batch_size: int | Literal["auto"] = "auto",
+        in_all: int | None = None,
         way: Literal["auto", "slots", "batches"] = "auto",
     ) -> None:
         """Nothing is loaded yet.
@@ -46,11 +47,12 @@ class TransformersEngine:
             sampling: how to draw.
             console: is told how answers are decoded, and of too little memory.
             batch_size: prompts answered at a time; `auto` lets a GPU's memory decide.
+            in_all: prompts that the whole stage has, whichever of them are asked here.
             way: of decoding, see `choose_decoder`.
         """
         self._source, self._chat, self._sampling = source, chat, sampling
         self._console = console or Console(quiet=True)
-        self._batch_size, self._way = batch_size, way
+        self._batch_size, self._in_all, self._way = batch_size, in_all, way
         self._model: Any = None
         self._decoder: Decoder | None = None
         self._vocabulary = Vocabulary(
@@ -92,6 +94,7 @@ class TransformersEngine:
                     self._vocabulary,
                     self._console,
                     prompts=self._batch_size,
+                    in_all=self._in_all,
                     way=self._way,
                 )
             except torch.OutOfMemoryError as error:

@@ -1,7 +1,8 @@
 """How long slots are, and how many of them a card holds.
 
-Both follow from the card, the model and a unit of prompts alone, never from what happens to be
-free: the same plan gives the same answers on the same kind of card, however it is cut.
+Both follow from the card, the model, the whole stage's rows and a unit of prompts alone, never from
+what happens to be free or from a shard: the same plan gives the same answers on the same kind of
+card, however it is cut.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 
 _LENGTHS = (128, 256, 384, 512, 768)
 """Of slots, in positions; from 1,024 on every power of two and the number half-way to the next."""
-MAX_SLOTS = 256
-"""More rows a step than this add memory and hardly any speed."""
+MAX_SLOTS = 128
+"""A step costs what its slots cost, taken or not: shards of few rows must not pay for many."""
 MIN_SLOTS = 8
 """Tried however little room is counted on; where they do not fit, there will be half as many."""
 READ_TOKENS = 4_096
@@ -52,11 +53,17 @@ class Footprint:
     """Of a number that is computed with."""
     vocabulary: int
 
-    def slots_in(self, memory_bytes: int, length: int) -> int:
-        """How many slots of a length fit a card of so much memory: a power of two from MIN_SLOTS
-        to MAX_SLOTS."""
+    def slots_in(self, memory_bytes: int, length: int, rows: int | None = None) -> int:
+        """How many slots there are to be: a power of two from MIN_SLOTS to MAX_SLOTS.
+
+        Args:
+            memory_bytes: of the card.
+            length: of a slot.
+            rows: that the whole stage has; None where nobody knows.
+        """
         a_read_token = self.token_bytes + _PROMPT_NUMBERS * self.hidden * self.number_bytes
         reading = max(READ_TOKENS, length) * a_read_token
         room = int(MAX_SHARE * memory_bytes) - self.weight_bytes - RESERVE_BYTES - reading
         fitting = room // (length * self.token_bytes + self.vocabulary * _LOGIT_BYTES)
-        return 1 << (max(MIN_SLOTS, min(MAX_SLOTS, fitting)).bit_length() - 1)
+        slots = 1 << (max(MIN_SLOTS, min(MAX_SLOTS, fitting)).bit_length() - 1)
+        return slots if rows is None else min(slots, max(MIN_SLOTS, 1 << (rows - 1).bit_length()))
