@@ -10,6 +10,7 @@ from medtrain.attention.choice import KERNELS
 from medtrain.attention.packed import kernel_of
 from medtrain.config import RunConfig
 from medtrain.console import Console
+from medtrain.train.checkpoints import Plan
 from medtrain.train.model import compute_dtype
 
 
@@ -39,6 +40,26 @@ def tell_attention(model: Any, stage: str, console: Console, *, packed: bool) ->
             f"{KERNELS['varlen']} needs PyTorch 2.10 and 16 bits",
             stage=stage,
         )
+
+
+def tell_waits(settings: Any, plan: Plan, stage: str, console: Console) -> None:
+    """Write down whether the host waits for the device in every step (medtrain.train.ahead).
+
+    Args:
+        settings: TRL's configuration of the stage.
+        plan: of its steps.
+        stage: for the log.
+        console: whose log it is.
+    """
+    optimizer = str(getattr(settings.optim, "value", settings.optim))
+    reasons = {
+        "computed on a CPU": settings.device.type != "cuda",
+        f"{plan.strategy} waits by itself": plan.strategy != "ddp",
+        "float16 scales its losses": settings.fp16,
+        f"{optimizer} cannot leave a step out by itself": "fused" not in optimizer,
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), "")
+    console.log_only("steps", stage=stage, wait_for_the_device=bool(why), reason=why)
 
 
 def warn_of_float32(config: RunConfig, stage: str, console: Console) -> None:

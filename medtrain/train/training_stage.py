@@ -19,7 +19,7 @@ from medtrain.data.tokenizer import load_chat_tokenizer
 from medtrain.run import Run, Trained
 from medtrain.train.adapter import add_adapter, attach_adapter, read_weights
 from medtrain.train.checkpoints import Plan
-from medtrain.train.computing import tell_attention, warn_of_float32
+from medtrain.train.computing import tell_attention, tell_waits, warn_of_float32
 from medtrain.train.evaluating import Fed
 from medtrain.train.fit import Fit
 from medtrain.train.fsdp import refuse_new_tokens
@@ -102,6 +102,7 @@ def train(
         settings = trainer_settings(
             method.fields, run, config, stage, plan, validated=validated, console=console
         )
+        tell_waits(settings, plan, stage, console)
         trainer = method.trainer(
             model=model,
             plan=plan,

@@ -77,8 +77,9 @@ def test_slots_change_no_byte_either(
 ) -> None:
     in_slots = partial(transformers_engine.choose_decoder, way="slots")  # type: ignore[attr-defined]
 
-    def chosen(*arguments: Any, prompts: Any, way: str) -> Any:
+    def chosen(*arguments: Any, prompts: Any, in_all: int, way: str) -> Any:
         assert (prompts, way) == ("auto", "auto")
+        assert in_all == len(undisturbed.splitlines())
         return in_slots(*arguments, prompts=3)
 
     monkeypatch.setattr(transformers_engine, "choose_decoder", chosen)
