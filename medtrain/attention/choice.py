@@ -4,10 +4,9 @@ facts (device, precision, size of a head, what is installed) → every kernel th
 best first, and why each of the others does not → `Choice`. No library is loaded for it: a plan asks
 about GPUs that are not here.
 
-A sequence of rows of n1, n2, … tokens costs attention over n1² + n2² + … pairs. `varlen` and
-`flash` compute it in one call and `nested` in one call of PyTorch's kernels for nested tensors;
-`rows` calls once a row, which a GPU spends on launches. Where rows are longer than a window, the
-kernels that know none leave the pass to `rows`.
+A sequence of rows of n1, n2, … tokens costs attention over n1² + n2² + … pairs. `varlen`, `flash`
+and `efficient` compute it in one call; `rows` calls once a row, which a GPU spends on launches.
+Where rows are longer than a window, the kernels that know none leave the pass to `rows`.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, NamedTuple
 
-Kernel = Literal["varlen", "flash", "nested", "rows"]
+Kernel = Literal["varlen", "flash", "efficient", "rows"]
 Wanted = Literal["auto", "sdpa", "flash_attention_2"]
 """`model.attention`, as far as rows are packed with it."""
 
 KERNELS: dict[Kernel, str] = {
     "varlen": "PyTorch's variable-length flash attention, one call for all rows",
     "flash": "flash-attn's variable-length kernel, one call for all rows",
-    "nested": "PyTorch's attention over nested tensors, one call for all rows",
+    "efficient": "PyTorch's memory-efficient attention, one call for all rows",
     "rows": "PyTorch's attention, row by row",
 }
 """The best first."""
@@ -57,13 +56,10 @@ class Choice(NamedTuple):
     kernel: Kernel
     reason: str
 
-    def repeats_groups(self, torch: tuple[int, int]) -> bool:
-        """Whether keys and values are repeated for the queries that share them.
-
-        Args:
-            torch: release of PyTorch.
-        """
-        return self.kernel in ("nested", "rows") or (self.kernel == "varlen" and torch < (2, 12))
+    @property
+    def repeats_groups(self) -> bool:
+        """Whether, on a GPU, keys and values are repeated for the queries that share them."""
+        return self.kernel in ("efficient", "rows")
 
     def __str__(self) -> str:
         said = f"{self.kernel} ({KERNELS[self.kernel]})"
@@ -93,7 +89,7 @@ def choose(facts: Facts, wanted: Wanted = "auto") -> list[Choice]:
 def _why_not(kernel: Kernel, facts: Facts, wanted: Wanted) -> str | None:
     if (kernel == "flash") != (wanted == "flash_attention_2") and wanted != "auto":
         return f"model.attention is {wanted}"
-    if kernel in ("nested", "rows"):
+    if kernel in ("efficient", "rows"):
         return None
     assert facts.capability is not None
     if kernel == "flash" and not facts.flash_attn:

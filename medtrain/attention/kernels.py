@@ -33,6 +33,10 @@ class Rows(NamedTuple):
         return max(self.lengths)
 
 
+_efficient_attention = torch.ops.aten._efficient_attention_forward
+_CAUSAL = 1
+"""Its mask that lets every token of a row see itself and those before it."""
+
 Attend = Callable[[Tensor, Tensor, Tensor, Rows, float, int | None], Tensor]
 """(queries, keys, values, rows, scale, window or None) → (1, tokens, heads, head size)."""
 
@@ -42,7 +46,7 @@ def attend_by(kernel: Kernel) -> Attend:
     return {
         "varlen": _varlen,
         "flash": _flash,
-        "nested": _nested,
+        "efficient": _efficient,
         "rows": row_by_row,
     }[kernel]
 
@@ -66,13 +70,11 @@ def _varlen(
     takes = _parameters(varlen_attn)
     if window is not None and "window_size" not in takes:
         return row_by_row(query, key, value, rows, scale, window)
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and "enable_gqa" not in takes:
-        key, value = repeated(query, key, value)
     if "scale" not in takes:  # its own is 1 / sqrt(head size)
         query = query * (scale * query.shape[-1] ** 0.5)
     more: dict[str, Any] = {"scale": scale} if "scale" in takes else {}
-    if grouped and "enable_gqa" in takes:
+    # The releases before do not ask: the kernel itself takes fewer keys than queries.
+    if query.shape[1] != key.shape[1] and "enable_gqa" in takes:
         more["enable_gqa"] = True
     if "window_size" in takes:
         more["window_size"] = (-1 if window is None else window - 1, 0)
@@ -104,27 +106,27 @@ def _flash(
     return attended[None]
 
 
-def _nested(
+def _efficient(
     query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float, window: int | None
 ) -> Tensor:
-    """https://docs.pytorch.org/docs/stable/nested.html, in the jagged layout."""
+    """The kernel behind PyTorch's attention over nested tensors, in any precision and on older
+    cards too. Called by itself, for building nested tensors takes longer than it does."""
     if window is not None:
         return row_by_row(query, key, value, rows, scale, window)
-    key, value = repeated(query, key, value)
-    # With both lengths named nobody looks at the borders' values.
-    shortest, longest = min(rows.lengths), rows.longest
-
-    def jagged(part: Tensor) -> Tensor:
-        nested: Tensor = torch.nested.nested_tensor_from_jagged(
-            _tokens_first(part), rows.borders.long(), min_seqlen=shortest, max_seqlen=longest
-        )
-        return nested.transpose(1, 2)
-
-    attended = scaled_dot_product_attention(
-        jagged(query), jagged(key), jagged(value), scale=scale, is_causal=True
-    )
-    packed: Tensor = attended.transpose(1, 2).values()
-    return packed[None]
+    packed = (_tokens_first(part)[None] for part in (query, *repeated(query, key, value)))
+    attended: Tensor = _efficient_attention(
+        *packed,
+        None,
+        rows.borders,
+        rows.borders,
+        rows.longest,
+        rows.longest,
+        0.0,
+        _CAUSAL,
+        torch.is_grad_enabled(),
+        scale=scale,
+    )[0]
+    return attended
 
 
 def row_by_row(
@@ -132,7 +134,7 @@ def row_by_row(
 ) -> Tensor:
     """A call a row, on any device and in any precision; what the others are compared with."""
     grouped = query.shape[1] != key.shape[1]
-    if grouped and not _takes_groups(query):
+    if grouped and not takes_groups(query.device, query.dtype):
         key, value = repeated(query, key, value)
         grouped = False
     parts = (torch.split(part, list(rows.lengths), dim=2) for part in (query, key, value))
@@ -163,12 +165,12 @@ def repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
     return key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
 
 
-def _takes_groups(query: Tensor) -> bool:
+def takes_groups(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether PyTorch has a kernel for fewer keys than queries that does not keep all of their
     products, as the fallback does: on GPUs only its flash attention, in 16 bits."""
-    if not query.is_cuda:
+    if device.type != "cuda":
         return True
-    return query.element_size() == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _tokens_first(part: Tensor) -> Tensor:

@@ -96,7 +96,8 @@ def kernel_of(model: Any) -> Choice:
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         windowed=window_of(config) is not None,
     )
-    return settled(shape, _wanted(config._attn_implementation))
+    choice: Choice = settled(shape, _wanted(config._attn_implementation))
+    return choice
 
 
 def window_of(config: Any) -> int | None:

@@ -18,6 +18,8 @@ from medtrain.attention.kernels import Attend, Rows, attend_by, row_by_row
 from medtrain.errors import ConfigError
 
 _LENGTHS = (5, 64, 2, 33)
+KERNEL_ERRORS = (RuntimeError, ImportError, TypeError, ValueError, NotImplementedError)
+"""What a kernel may raise that a build or a card does not have."""
 _TOLERANCE = {2: 2e-2, 4: 1e-4, 8: 1e-6}
 """Of the distance from float32's result, relative to that, by the bytes of a number."""
 
@@ -36,13 +38,18 @@ class Shape(NamedTuple):
     """Whether the model has an attention window."""
 
 
-@lru_cache
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def settled(shape: Shape, wanted: Wanted = "auto") -> Choice:
     """The kernel for a shape; tried on its device when it is first asked for.
 
     Raises:
         ConfigError: `wanted` leaves none that works.
     """
+    return _settled(shape, wanted)
+
+
+@lru_cache
+def _settled(shape: Shape, wanted: Wanted) -> Choice:
     against: list[str] = []
     for choice in choose(facts_of(shape), wanted):
         problem = _problem(choice.kernel, shape)
@@ -73,7 +80,9 @@ def _problem(kernel: Kernel, shape: Shape) -> str | None:
     try:
         windows = (None, max(_LENGTHS) // 2) if shape.windowed else (None,)
         distance = max(distance_from_rows(attend_by(kernel), shape, w) for w in windows)
-    except (RuntimeError, ImportError, TypeError, ValueError, NotImplementedError) as error:
+    except torch.OutOfMemoryError:
+        raise  # which says nothing about the kernel
+    except KERNEL_ERRORS as error:
         return f"it fails here ({(str(error) or type(error).__name__).splitlines()[0]})"
     allowed = _TOLERANCE[shape.dtype.itemsize]
     if not distance <= allowed:

@@ -47,7 +47,9 @@ def decoding_s(work: Decoding, machine: Decoders, parameters: float) -> float:
     footprint = _footprint(work, machine, parameters)
     if footprint is not None:
         length = slot_length(round(work.prompt_tokens) + section.max_new_tokens)
-        slots = footprint.slots_in(gpu.memory_bytes, length, work.prompts * work.samples)
+        slots = footprint.slots_in(
+            gpu.memory_bytes, length, samples=work.samples, rows=work.prompts * work.samples
+        )
         together = max(1, slots // work.samples)
         slots_bytes = slots * length * footprint.token_bytes
     together = min(together, work.prompts)

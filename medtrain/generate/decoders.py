@@ -96,4 +96,6 @@ def _number_of_slots(
     footprint = footprint_of(model, shape)
     memory = torch.cuda.get_device_properties(model.device).total_memory
     rows = None if in_all is None else in_all * sampling.num_samples
-    return lambda length: footprint.slots_in(memory, length, rows)
+    return lambda length: footprint.slots_in(
+        memory, length, samples=sampling.num_samples, rows=rows
+    )

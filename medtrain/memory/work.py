@@ -104,7 +104,7 @@ def _repeats_groups(dtype_bytes: int, auto_bytes: int) -> bool:
     """Whether attention is computed by a kernel that wants as many keys as queries."""
     older = auto_bytes == _DTYPE_BYTES["float32"]
     facts = installed_facts(_V100 if older else _A100, dtype_bytes, head_dim=128)
-    return choose(facts)[0].repeats_groups(facts.torch)
+    return choose(facts)[0].repeats_groups
 
 
 def optimizers_of(config: RunConfig, optimizer: str, device: Device) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from medtrain.config import LoraConfig
 from medtrain.config.problems import nearest
 from medtrain.errors import AdapterMismatchError, ConfigError, DataError
 from medtrain.files import read_json, write_json
+from medtrain.train.new_tokens import keep_token_numbers
 
 if TYPE_CHECKING:
     from medtrain.data.chat import ChatTokenizer
@@ -178,6 +179,7 @@ def _in_full_precision(model: Any) -> Any:
     """Trainable weights as float32: steps of size lr x gradient vanish in bfloat16's 8 bits."""
     for _, parameter in trainable_parameters(model):
         parameter.data = parameter.data.to(torch.float32)
+    keep_token_numbers(model)
     _show_output_bias(model)
     return model
 

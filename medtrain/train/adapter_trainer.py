@@ -129,7 +129,8 @@ class AdapterTrainer(StepTrainer):
         sums = json.loads(self._sums_file(path).read_text(encoding="utf-8"))
         self._tr_loss = torch.tensor(sums["loss"], device=self.args.device)
         self._globalstep_last_logged = sums["since_step"]
-        self.figures["train"].restore(sums["figures"])
+        # One of an earlier version has other sums: its next line is about fewer steps.
+        self.figures["train"].restore(sums.get("figures", {}))
         self._total_train_tokens = sums["tokens"]
         self.guard.restore(sums["guard"])
 

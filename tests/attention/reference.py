@@ -40,7 +40,6 @@ def varlen_2_10(
 ) -> Tensor:  # fmt: skip
     """`torch.nn.attention.varlen.varlen_attn` of PyTorch 2.10."""
     assert is_causal
-    assert query.shape[1] == key.shape[1]
     _check(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
     return attention(query, key, value, cu_seq_q, query.shape[-1] ** -0.5, -1)
 
@@ -76,13 +75,18 @@ def flash_attn() -> ModuleType:
     return module
 
 
-def nested(query: Tensor, key: Tensor, value: Tensor, *, scale: float, is_causal: bool) -> Tensor:
-    """`scaled_dot_product_attention` over tensors (rows, heads, tokens of each, head size)."""
-    assert is_causal
-    parts = [part.transpose(1, 2) for part in (query, key, value)]
-    borders = parts[0].offsets()  # type: ignore[no-untyped-call]
-    packed = attention(*(p.values() for p in parts), borders, scale, -1)  # type: ignore[no-untyped-call]
-    return torch.nested.nested_tensor_from_jagged(packed, borders).transpose(1, 2)
+def efficient(
+    query: Tensor, key: Tensor, value: Tensor, bias: None, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float,
+    custom_mask_type: int, compute_log_sumexp: bool, *, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`aten._efficient_attention_forward`, as far as it is used."""
+    assert (bias, dropout_p, custom_mask_type) == (None, 0.0, 1)
+    assert compute_log_sumexp == torch.is_grad_enabled()
+    assert query.shape == key.shape == value.shape
+    parts = [part[0] for part in (query, key, value)]
+    _check(*parts, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)  # type: ignore[misc]
+    return (attention(*parts, cu_seqlens_q, scale, -1)[None],)  # type: ignore[misc]
 
 
 def _check(

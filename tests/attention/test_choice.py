@@ -16,14 +16,14 @@ _H100 = Facts((9, 0), bytes_each=2, head_dim=128, torch=(2, 13), flash_attn=Fals
         ({"flash_attn": True}, "varlen", ""),
         (
             {"torch": (2, 9)},
-            "nested",
+            "efficient",
             "2.9 has none, no flash: flash-attn is not installed",
         ),
         ({"torch": (2, 9), "flash_attn": True}, "flash", "no varlen: PyTorch 2.9 has none"),
-        ({"bytes_each": 4}, "nested", "no varlen: it computes in 16 bits only"),
-        ({"capability": (7, 0)}, "nested", "a GPU of compute capability 7.0 is too old"),
-        ({"head_dim": 512}, "nested", "it takes no heads of 512 elements"),
-        ({"head_dim": 100}, "nested", "it takes no heads of 100 elements"),
+        ({"bytes_each": 4}, "efficient", "no varlen: it computes in 16 bits only"),
+        ({"capability": (7, 0)}, "efficient", "a GPU of compute capability 7.0 is too old"),
+        ({"head_dim": 512}, "efficient", "it takes no heads of 512 elements"),
+        ({"head_dim": 100}, "efficient", "it takes no heads of 100 elements"),
         ({"capability": None}, "rows", "no GPU"),
     ],
 )
@@ -37,12 +37,12 @@ def test_the_best_that_fits_is_chosen(
 
 
 def test_row_by_row_is_always_left() -> None:
-    assert [choice.kernel for choice in choose(_H100)] == ["varlen", "nested", "rows"]
+    assert [choice.kernel for choice in choose(_H100)] == ["varlen", "efficient", "rows"]
 
 
 def test_what_was_asked_for_is_kept() -> None:
     facts = _H100._replace(flash_attn=True)
-    assert [c.kernel for c in choose(facts, "sdpa")] == ["varlen", "nested", "rows"]
+    assert [c.kernel for c in choose(facts, "sdpa")] == ["varlen", "efficient", "rows"]
     assert [c.kernel for c in choose(facts, "flash_attention_2")] == ["flash"]
     assert choose(_H100, "flash_attention_2") == []
     assert choose(_H100._replace(capability=None), "flash_attention_2") == []
@@ -51,6 +51,6 @@ def test_what_was_asked_for_is_kept() -> None:
 def test_a_choice_says_what_it_is() -> None:
     said = str(choose(_H100._replace(torch=(2, 9)))[0])
     assert said.startswith(
-        "nested (PyTorch's attention over nested tensors, one call for all rows)"
+        "efficient (PyTorch's memory-efficient attention, one call for all rows)"
     )
     assert "; no varlen: PyTorch 2.9 has none" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,13 +37,8 @@ def flash() -> Iterator[None]:
 
 
 @contextmanager
-def nested() -> Iterator[None]:
-    plain = kernels.scaled_dot_product_attention
-
-    def either(query: Any, key: Any, value: Any, **options: Any) -> Any:
-        return (reference.nested if query.is_nested else plain)(query, key, value, **options)
-
-    with mock.patch.object(kernels, "scaled_dot_product_attention", either):
+def efficient() -> Iterator[None]:
+    with mock.patch.object(kernels, "_efficient_attention", reference.efficient):
         yield
 
 
@@ -50,8 +46,8 @@ _WAYS: dict[str, tuple[Kernel, Callable[[], Any]]] = {
     "varlen of 2.10": ("varlen", lambda: varlen(reference.varlen_2_10)),
     "varlen of 2.13": ("varlen", lambda: varlen(reference.varlen_2_13)),
     "flash": ("flash", flash),
-    "nested": ("nested", nested),
-    "rows": ("rows", lambda: mock.patch.object(kernels, "_takes_groups", return_value=False)),
+    "efficient": ("efficient", efficient),
+    "rows": ("rows", lambda: mock.patch.object(kernels, "takes_groups", return_value=False)),
 }
 _ALL = pytest.mark.parametrize("way", _WAYS)
 
@@ -98,6 +94,24 @@ def test_any_rows(
     torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_the_efficient_kernel_has_the_interface_that_it_is_called_by() -> None:
+    """It is no public one; what it computes is tried on each card."""
+    schema = torch.ops.aten._efficient_attention_forward.default._schema
+    theirs = [argument.name for argument in schema.arguments]
+    ours = list(inspect.signature(reference.efficient).parameters)
+    assert theirs[: len(ours)] == ours
+
+
+def test_a_full_card_says_nothing_about_a_kernel() -> None:
+    def full(*args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with on_a_gpu("varlen"), varlen(full), pytest.raises(torch.OutOfMemoryError):
+        trial.settled(shape())
+    with on_a_gpu("varlen"), varlen(reference.varlen_2_13):
+        assert trial.settled(shape()).kernel == "varlen"
+
+
 # The trial
 
 
@@ -109,9 +123,9 @@ def on_a_gpu(*names: Kernel) -> Any:
 
 @pytest.fixture(autouse=True)
 def nothing_settled_yet() -> Iterator[None]:
-    trial.settled.cache_clear()
+    trial._settled.cache_clear()
     yield
-    trial.settled.cache_clear()
+    trial._settled.cache_clear()
 
 
 def test_a_kernel_that_gives_right_results_is_taken() -> None:
@@ -133,7 +147,7 @@ def test_a_kernel_whose_results_are_wrong_is_not_taken() -> None:
     def without_window(*args: Any, window_size: tuple[int, int], **options: Any) -> Any:
         return reference.varlen_2_13(*args, **options, window_size=(-1, 0))
 
-    without_window.__signature__ = __import__("inspect").signature(  # type: ignore[attr-defined]
+    without_window.__signature__ = inspect.signature(  # type: ignore[attr-defined]
         reference.varlen_2_13
     )
     with on_a_gpu("varlen"), varlen(without_window):

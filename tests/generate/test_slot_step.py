@@ -134,10 +134,14 @@ class FakeGraphs:
         self.stream = self.before = object()
         self.failure: Exception | None = None
         self.off_by = 0.0
+        self.modes: list[Any] = []
+        self.waits = False
         step = stepper.step
 
         def counted() -> None:
             self.steps += 1
+            if self.waits and self.modes[-1:] == ["error"]:
+                raise RuntimeError("called a synchronizing CUDA operation")
             step()
 
         monkeypatch.setattr(stepper, "step", counted)
@@ -148,6 +152,8 @@ class FakeGraphs:
             "device": self._on,
             "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
             "set_stream": lambda stream: None,
+            "get_sync_debug_mode": lambda: 0,
+            "set_sync_debug_mode": self.modes.append,
             "CUDAGraph": lambda: SimpleNamespace(replay=self._replay),
             "graph": self._graph,
         }
@@ -196,6 +202,20 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(
     assert "previous error" in (run.why_not_recorded or "")
     run()
     assert (fake.steps, fake.replays) == (5, 0)
+
+
+@torch.no_grad()
+def test_a_step_that_waits_for_the_device_is_not_even_tried(
+    model: Any, shape: CacheShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recording that breaks off would leave PyTorch in the middle of it."""
+    fake = FakeGraphs(monkeypatch, stepper := stepper_of(model, shape, 3))
+    fake.waits, fake.failure = True, AssertionError("recorded all the same")
+    run = recording.recorded(stepper)
+    assert "synchronizing CUDA operation" in (run.why_not_recorded or "")
+    assert fake.modes == ["error", 0]
+    run()
+    assert (fake.steps, fake.replays) == (4, 0)
 
 
 @torch.no_grad()

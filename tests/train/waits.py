@@ -1,6 +1,7 @@
 """What would make the host wait for a GPU, seen on a CPU: operations whose result it must know.
 
-Reading a number, and selecting by a mask, whose result is as long as the mask has hits.
+Reading a number, making a tensor of numbers of the host's, and selecting by a mask, whose result is
+as long as the mask has hits.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _READS = {
     _ATEN.masked_select.default,
     _ATEN.nonzero.default,
     _ATEN._unique2.default,
+    _ATEN.lift_fresh.default,  # torch.tensor of numbers: they are copied from the host
     _ATEN.unique_consecutive.default,
 }
 _SELECTS = {_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default}

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from medtrain.attention.kernels import takes_groups
 from medtrain.generate.decode import Question, Row
 from medtrain.generate.forward import Forward
-from medtrain.generate.slots.cache import PromptCache
+from medtrain.generate.slots.cache import PromptCache, windows_of
 
 
 @dataclass(slots=True)
@@ -38,11 +39,18 @@ class Group:
 def read(forward: Forward, prompts: Sequence[Sequence[int]], pad: int) -> PromptCache:
     """Run prompts, padded on the right: keys and values of all of them, (prompts, …, longest, …).
 
-    No mask is needed: a prompt's own tokens come before its padding and look back only.
+    No mask is needed: a prompt's own tokens come before its padding and look back only. Where
+    PyTorch has no kernel for fewer keys than queries one is given all the same, for then
+    transformers repeats the keys, and the products of all tokens are not kept.
     """
     longest = max(map(len, prompts))
     tokens = torch.tensor([[*prompt, *[pad] * (longest - len(prompt))] for prompt in prompts])
-    cache = PromptCache(forward.model.config)
-    forward(tokens.to(forward.model.device), None, None, cache)
+    model, mask = forward.model, None
+    windowless = set(windows_of(model.config) or ()) == {None}
+    if windowless and not takes_groups(model.device, model.dtype):
+        square = (1, 1, longest, longest)
+        mask = torch.ones(square, dtype=torch.bool, device=model.device).tril()
+    cache = PromptCache(model.config)
+    forward(tokens.to(model.device), None, mask, cache)
     cache.stack()
     return cache

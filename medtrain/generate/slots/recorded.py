@@ -17,8 +17,9 @@ from torch import Tensor
 
 from medtrain.generate.slots.stepper import Stepper
 
-_WARM_UP = 3
-"""Steps before recording, in which libraries choose their kernels and take their workspaces."""
+_WARM_UP = 2
+"""Steps before the watched one and the recording, in which libraries choose their kernels and take
+their workspaces."""
 TOLERANCES = {torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.2}
 """How far apart two ways to the same logits may lie by rounding, in standard deviations."""
 
@@ -61,6 +62,10 @@ class Recorded:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UP):
+                    stepper.step()
+                # A recording that breaks off leaves PyTorch's allocator and its random numbers in
+                # the middle of it; so what would break one off is found out before.
+                with _waits_are_errors():
                     stepper.step()
             torch.cuda.current_stream().wait_stream(side)
             expected = stepper.logits.clone()
@@ -117,6 +122,17 @@ def _out_of_memory_in(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, torch.OutOfMemoryError):
         error = error.__cause__ or error.__context__
     return error
+
+
+@contextmanager
+def _waits_are_errors() -> Iterator[None]:
+    """Raise a RuntimeError where the host would wait for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ MAX_SHARE = 0.9
 """Of a card's memory that is counted on."""
 RESERVE_BYTES = 1 << 30
 """For the CUDA context, cuBLAS and gaps between blocks."""
-_LOGIT_BYTES = 48
+_LOGIT_BYTES = 64
 """A row's scratch for each vocabulary entry while a token is drawn: logits, and keys to sort by."""
 _PROMPT_NUMBERS = 24
 """Numbers of hidden size that a prompt's token needs at the same time while it is read."""
@@ -53,15 +53,19 @@ class Footprint:
     """Of a number that is computed with."""
     vocabulary: int
 
-    def slots_in(self, memory_bytes: int, length: int, rows: int | None = None) -> int:
+    def slots_in(
+        self, memory_bytes: int, length: int, *, samples: int = 1, rows: int | None = None
+    ) -> int:
         """How many slots there are to be: a power of two from MIN_SLOTS to MAX_SLOTS.
 
         Args:
             memory_bytes: of the card.
             length: of a slot.
+            samples: of a prompt, whose keys and values are laid out for all of them on their way.
             rows: that the whole stage has; None where nobody knows.
         """
-        a_read_token = self.token_bytes + _PROMPT_NUMBERS * self.hidden * self.number_bytes
+        kept = (2 + samples) * self.token_bytes  # as they were read, in a stack, on their way
+        a_read_token = kept + _PROMPT_NUMBERS * self.hidden * self.number_bytes
         reading = max(READ_TOKENS, length) * a_read_token
         room = int(MAX_SHARE * memory_bytes) - self.weight_bytes - RESERVE_BYTES - reading
         fitting = room // (length * self.token_bytes + self.vocabulary * _LOGIT_BYTES)
