@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,7 +46,7 @@ def is_rank_zero() -> bool:
 
 def key_value_line(event: str, fields: dict[str, Any]) -> str:
     """`time=… event=… key=value …`, values quoted where a space or quote would split them."""
-    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     parts = [f"time={stamp}", f"event={event}"]
     return " ".join(parts + [f"{key}={_plain(value)}" for key, value in fields.items()])
 

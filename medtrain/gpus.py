@@ -22,6 +22,8 @@ DECODING_SHARE = 0.4
 """Of the memory bandwidth that decoding reaches."""
 STEP_FLOOR_S = {"transformers": 0.025, "vllm": 0.005}
 """A decoding step takes this long however small the model: Python and kernel launches."""
+AT_WORK = 1.25
+"""Memory of a model that answers or is merged, as a multiple of its weights."""
 LOAD_BYTES_PER_S = 1e9
 """At which weights come from a shared file system."""
 START_S = 30.0

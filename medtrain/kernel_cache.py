@@ -58,15 +58,25 @@ def _candidates() -> Iterator[Path]:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         if cache.is_absolute() and is_on_this_machine(cache):
             yield cache / "medtrain" / "kernels"
-    yield Path(tempfile.gettempdir()) / f"medtrain-kernels-{os.getuid()}"
+    temporary = Path(tempfile.gettempdir())
+    if is_on_this_machine(temporary):
+        yield temporary / f"medtrain-kernels-{os.getuid()}"
 
 
 def _is_private(directory: Path) -> bool:
     """Make a directory that nobody else may write to; whether it is one now."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = directory.lstat()
+    _make(directory)
+    found, above = directory.lstat(), directory.parent.stat()
     ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-    return ours and not found.st_mode & _OTHERS_MAY_WRITE and os.access(directory, os.W_OK)
+    # Whoever may rename it could put another in its place, but not where names are sticky.
+    kept = not above.st_mode & _OTHERS_MAY_WRITE or bool(above.st_mode & stat.S_ISVTX)
+    return ours and kept and not found.st_mode & _OTHERS_MAY_WRITE and os.access(directory, os.W_OK)
+
+
+def _make(directory: Path) -> None:
+    """With whatever is missing above it, all of it closed to others, whatever the umask says."""
+    for above in (*reversed(directory.parents), directory):
+        above.mkdir(mode=0o700, exist_ok=True)
 
 
 def is_on_this_machine(path: Path, mounts: Path = _MOUNTS) -> bool:

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,7 @@ class Pipeline:
         self, stage: Stage, fingerprint: Fingerprint, counts: Mapping[str, Any], seconds: float
     ) -> None:
         outputs = stage.writes(self.run, self.config)
-        stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        stamp = datetime.now(UTC).isoformat(timespec="seconds")
         self.lineage.finish(stage.name, fingerprint, outputs, counts, seconds, stamp)
         write_manifest(self.run, self.config)
         self.console.event(

@@ -50,8 +50,33 @@ def test_a_site_names_another_place(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_a_network_home_is_left_for_the_nodes_own_disk(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("medtrain.kernel_cache.is_on_this_machine", lambda path: False)
+    home = tmp_path / "cache"
+    monkeypatch.setattr("medtrain.kernel_cache.is_on_this_machine", lambda path: path != home)
     assert keep_compiled_kernels() == tmp_path / f"medtrain-kernels-{os.getuid()}"
+
+
+def test_where_every_disk_is_the_networks_the_tools_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("medtrain.kernel_cache.is_on_this_machine", lambda path: False)
+    assert keep_compiled_kernels() is None
+    assert not set(TOOLS) & set(os.environ)
+
+
+def test_a_group_that_shares_the_umask_can_put_nothing_in_its_place(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        directory = keep_compiled_kernels()
+    finally:
+        os.umask(before)
+    assert directory is not None
+    made = [directory, *directory.parents][: len(directory.relative_to(tmp_path).parts)]
+    assert {above.stat().st_mode & 0o777 for above in made} == {0o700}
+    directory.parent.chmod(0o770)
+    for name in TOOLS:
+        del os.environ[name]
+    other = keep_compiled_kernels()
+    assert other != directory
 
 
 def test_a_directory_that_others_may_write_to_is_not_used(

@@ -15,7 +15,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -153,7 +153,7 @@ class Ledger:
             chain=chain,
             repair=repair,
             made_by=f"{socket.gethostname()}:{os.getpid()}",
-            made_at=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+            made_at=datetime.now(UTC).isoformat(timespec="microseconds"),
         )
         self.run.submissions.mkdir(exist_ok=True)
         won = publish(self._intent(key, number), sealed(_to_json(submission)))

@@ -1,8 +1,9 @@
-"""By which paths a training stage will compute, as far as that is known before it runs.
+"""By which paths stages will compute, as far as that is known before they run.
 
 configuration + GPU + sizes of the base → how rows attend (medtrain.attention), how adapters are
-computed (medtrain.config.lora_path), with which optimiser. On the GPU itself a kernel is tried
-before it is trusted; the stage's log says what came of it.
+computed (medtrain.config.lora_path), with which optimiser, how answers are decoded, where models
+are merged. On the GPU itself kernels and decoders are tried before they are trusted; a stage's log
+says what came of it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import NamedTuple
 from medtrain.attention import Facts, choose, installed_facts
 from medtrain.attention.choice import KERNELS, Wanted
 from medtrain.attention.families import FAMILIES
-from medtrain.config import RunConfig
+from medtrain.config import EvaluateConfig, GenerateConfig, JobKind, RunConfig
 from medtrain.config.lora_path import why_not_fused
-from medtrain.gpus import Gpu
+from medtrain.gpus import AT_WORK, Gpu
 from medtrain.memory import Architecture, Choice
+from medtrain.memory.choose import gib
 from medtrain.memory.work import FUSED
 from medtrain.run import Trained
 
@@ -49,6 +51,50 @@ def paths_of(
         _lora(config, choice.strategy),
         _optimizer(config, stage, gpu, choice),
     )
+
+
+def job_path(
+    config: RunConfig, kind: JobKind, gpu: Gpu | None, architecture: Architecture | None
+) -> str:
+    """What a job that trains nothing computes with, in words; nothing for jobs without a model.
+
+    Args:
+        config: the run's.
+        kind: of job.
+        gpu: that it gets; None for a CPU.
+        architecture: of the base; None where it is not known.
+    """
+    attention = _attention(config, "dpo", gpu, architecture)
+    if kind == "reference":
+        return f"{attention}; adapters {_lora(config, config.train.strategy)}"
+    if kind == "merge":
+        return _merging(config, gpu, architecture)
+    if kind == "generate":
+        return _decoding(config.generate, gpu)
+    if kind == "evaluate":
+        measured = config.evaluate.held_out_loss and config.evaluate.engine == "transformers"
+        loss = f"; held-out loss by {attention}" if measured else ""
+        return _decoding(config.evaluate, gpu) + loss
+    return ""
+
+
+def _decoding(section: GenerateConfig | EvaluateConfig, gpu: Gpu | None) -> str:
+    if section.engine != "transformers":
+        return f"answers by {'an endpoint' if section.engine == 'openai' else section.engine}"
+    if gpu is None or section.decoding == "batches":
+        return f"answers decoded {section.prompts_together} prompts at a time"
+    return "answers decoded in slots by a CUDA graph, where the model allows it"
+
+
+def _merging(config: RunConfig, gpu: Gpu | None, architecture: Architecture | None) -> str:
+    if config.merge.into == "dequantized" and config.model.quantization == "nf4":
+        return "on the CPU, layer by layer"
+    if gpu is None or architecture is None:
+        return "on the CPU" if gpu is None else "on the GPU if the base fits it"
+    each = 4 if config.model.dtype == "float32" else 2
+    needed = AT_WORK * each * architecture.parameters.total
+    where = "on the GPU" if needed < gpu.memory_bytes else "on the CPU"
+    return f"{where} (the base needs {gib(needed)} of {gib(gpu.memory_bytes)})"
 
 
 def _attention(

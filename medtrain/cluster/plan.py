@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 from medtrain.cluster.chain import plan_chain, steps_of
 from medtrain.cluster.estimate import Basis, Estimator
 from medtrain.cluster.ledger import Step
+from medtrain.cluster.paths import job_path
 from medtrain.cluster.proportions import out_of_proportion
 from medtrain.cluster.site import resources_of
 from medtrain.cluster.training_plan import TrainingPlan, plan_training, warnings_of_training
@@ -57,6 +58,8 @@ class PlannedJob:
     """Of that: before anything is computed."""
     basis: Basis
     note: str = ""
+    path: str = ""
+    """What a job computes with that trains nothing, in words."""
 
     @property
     def gpu_hours(self) -> float | None:
@@ -81,6 +84,7 @@ class PlannedJob:
             "gpu_hours": None if self.gpu_hours is None else float(f"{self.gpu_hours:.2g}"),
             "basis": self.basis,
             "note": self.note,
+            "path": self.path or None,
         }
 
 
@@ -235,6 +239,12 @@ def _jobs(config: RunConfig, estimator: Estimator, stages: Sequence[Stage]) -> I
             load_s=took.load_s,
             basis=took.basis,
             note=took.note,
+            path=job_path(
+                config,
+                job.kind,
+                estimator.hardware.gpu(job.kind) if wanted.gpus else None,
+                estimator.hardware.architecture,
+            ),
         )
 
 

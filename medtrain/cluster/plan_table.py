@@ -26,6 +26,8 @@ def plan_view(plan: RunPlan) -> Group:
     parts: list[Table | Text] = [_table(plan), Text(), Text(_total(plan), style="bold")]
     for stage in plan.training:
         parts += [Text(), *training_views(stage)]
+    paths = {f"{job.kind}: {job.path}": None for job in plan.to_do if job.path}
+    parts += [Text(), *map(Text, paths)] if paths else []
     if plan.to_do:
         parts += [Text(), *(Text(line, style="dim") for line in plan.assumptions)]
     if any(stage.fitting for stage in plan.training):

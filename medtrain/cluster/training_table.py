@@ -38,8 +38,7 @@ def training_views(plan: TrainingPlan) -> Iterator[Table | Text]:
     if plan.gpus:
         mark = ("  → ", "green") if plan.choice.fits else ("  ✗ ", "red")
         yield Text.assemble(mark, plan.choice.reason)
-    also = " (the reference too)" if plan.stage == "dpo" else ""
-    yield Text(f"  attention{also}: {plan.paths.attention}")
+    yield Text(f"  attention: {plan.paths.attention}")
     yield Text(f"  adapters: {plan.paths.lora}; optimizer: {plan.paths.optimizer}")
     if plan.in_16_bits is not None:
         yield Text(

@@ -131,7 +131,10 @@ def require_encoder(directory: str) -> None:
 def _load(directory: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
+    from medtrain.attention.kernels import leave_cudnn_out
+
     require_encoder(directory)
+    leave_cudnn_out()
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         model = AutoModel.from_pretrained(directory, local_files_only=True, use_safetensors=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medtrain.console import Console
 from medtrain.data.examples import Example
 from medtrain.errors import DataError
 from medtrain.files import read_jsonl
@@ -23,7 +24,7 @@ from medtrain.shards import Request
 
 if TYPE_CHECKING:
     from medtrain.data.chat import ChatTokenizer, Encoded
-    from medtrain.train.log_probs import AnswerScorer, Row
+    from medtrain.train.log_probs import Row, Scorer
 
 MAX_ROWS = 32
 """Of a batch."""
@@ -119,7 +120,10 @@ def loss_requests(examples: Sequence[Example], encoded: Sequence[Encoded]) -> li
 
 
 def measure_losses(
-    load: Callable[[], Any], batches: Iterable[Sequence[Request]], attention: str
+    load: Callable[[], Any],
+    batches: Iterable[Sequence[Request]],
+    attention: str,
+    console: Console | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run the model over reference answers; yields (row id, nats, tokens, whether it was cut).
 
@@ -130,6 +134,7 @@ def measure_losses(
         load: gives the model, which somebody else may use between batches.
         batches: of reference answers.
         attention: `model.attention`.
+        console: is told how rows attend; None tells nobody.
     """
     from medtrain.train.log_probs import Row
 
@@ -142,21 +147,28 @@ def measure_losses(
             Row(one.payload["tokens"][:end], one.payload["mask"][:end])
             for one, end in zip(batch, ends, strict=True)
         ]
-        for one, row, nats in zip(batch, rows, _log_probs(model, rows, attention), strict=True):
+        sums = _log_probs(model, rows, attention, console)
+        for one, row, nats in zip(batch, rows, sums, strict=True):
             tokens = sum(map(bool, row.scored[1:]))
             cut = len(one.payload["tokens"]) > context
             yield one.id, {"nats": -nats if tokens else 0.0, "tokens": tokens, "cut": cut}
 
 
-def _log_probs(model: Any, rows: Sequence[Row], attention: str) -> list[float]:
+def _log_probs(
+    model: Any, rows: Sequence[Row], attention: str, console: Console | None
+) -> list[float]:
     """The log-probability of each row's scored tokens, packed where the model allows it."""
     from medtrain.attention.families import why_not_packed
     from medtrain.attention.packed import computing_packed
-    from medtrain.train import log_probs
+    from medtrain.train.computing import tell_attention
+    from medtrain.train.log_probs import scorer_of
 
     packed = attention != "eager" and why_not_packed(model.config) is None
-    if not hasattr(model, _SCORER):
-        setattr(model, _SCORER, log_probs.AnswerScorer(model, model.dtype, packed=packed))
-    scorer: AnswerScorer = getattr(model, _SCORER)
+    known = hasattr(model, _SCORER)
+    if not known:
+        setattr(model, _SCORER, scorer_of(model, packed=packed))
+    scorer: Scorer = getattr(model, _SCORER)
     with computing_packed(model, attention) if packed else nullcontext():
+        if console is not None and not known:
+            tell_attention(model, "evaluate", console, packed=packed)
         return scorer.sums(rows)

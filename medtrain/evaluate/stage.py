@@ -194,7 +194,9 @@ def _loss_of(
             "dtype": config.model.dtype,
             "attention": config.model.attention,
         },
-        work=lambda batches: measure_losses(variant.model, batches, config.model.attention),
+        work=lambda batches: measure_losses(
+            variant.model, batches, config.model.attention, Console(run.log, quiet=True)
+        ),
         collected=run.held_out_loss(variant.name),
         batch_size=MAX_ROWS,
         num_shards=config.evaluate.num_shards,

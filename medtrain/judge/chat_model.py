@@ -30,6 +30,9 @@ class ChatModel:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from medtrain.attention.kernels import leave_cudnn_out
+
+        leave_cudnn_out()
         on_gpu = torch.cuda.is_available()
         if dtype == "auto":
             dtype = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"

@@ -68,12 +68,17 @@ def choose_strategy(
     if set_one == "fsdp2" and work_of(config, stage, architecture).new_rows:
         return Choice("fsdp2", False, False, _NO_NEW_TOKENS)
     section = config.dpo if stage == "dpo" else config.sft
-    for optimizer in optimizers_of(config, section.optimizer, "cuda"):
-        tried = tried_estimates(config, stage, gpus, architecture, auto_bytes, optimizer)
-        for one in tried:
+    optimizers = optimizers_of(config, section.optimizer, "cuda")
+    by_optimizer = [
+        tried_estimates(config, stage, gpus, architecture, auto_bytes, name) for name in optimizers
+    ]
+    # Smaller moments before a slower strategy, or activations that are computed twice.
+    for alike in zip(*by_optimizer, strict=True):
+        for optimizer, tried, one in zip(optimizers, by_optimizer, alike, strict=True):
             if one.peak <= gpu_bytes:
                 why = _why(one, tried, gpu_bytes)
                 return Choice(one.strategy, one.checkpointing, True, why, one, optimizer)
+    optimizer, tried = optimizers[-1], by_optimizer[-1]
     smallest = min(tried, key=lambda one: one.peak)
     reason = _too_large(config, stage, smallest, gpu_bytes)
     return Choice(smallest.strategy, smallest.checkpointing, False, reason, smallest, optimizer)

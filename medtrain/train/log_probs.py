@@ -10,7 +10,7 @@ loss in training would be.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate.utils import send_to_device
@@ -21,6 +21,8 @@ from medtrain.train.rows import IGNORED
 
 TOKENS_A_PASS = 8_192
 """Of a forward pass, padding included; a row that is longer goes alone."""
+_TRIED = 24
+"""Tokens of the row by which a model's fused output layer is compared with its logits."""
 _PADDING = 0
 """On the right, where no token of a row attends to it: any id will do."""
 
@@ -42,6 +44,13 @@ class Row(NamedTuple):
     def length(self) -> int:
         """Tokens."""
         return len(self.input_ids)
+
+
+class Scorer(Protocol):
+    """Tells how likely rows are."""
+
+    def sums(self, rows: Sequence[Row]) -> list[float]:
+        """The log-probability of each row's scored tokens, each given those before it, in nats."""
 
 
 class AnswerScorer:
@@ -70,18 +79,24 @@ class AnswerScorer:
         scored = [i for i, row in enumerate(rows) if any(row.scored[1:])]
         for places in passes([rows[i].length for i in scored], padded=not self._packed):
             taken = [scored[place] for place in places]
-            for i, nats in zip(taken, self._pass([rows[i] for i in taken]), strict=True):
+            for i, nats in zip(
+                taken, self._pass([rows[i] for i in taken], packed=self._packed), strict=True
+            ):
                 found[i] = nats
         return found
 
-    def _pass(self, rows: Sequence[Row]) -> list[float]:
+    def padded_sums(self, rows: Sequence[Row]) -> list[float]:
+        """The same in one padded pass, whatever the model's attention is."""
+        return self._pass(rows, packed=False)
+
+    def _pass(self, rows: Sequence[Row], *, packed: bool) -> list[float]:
         device = self._model.device
         tokens, present, labels = _padded(rows)
         with (
             torch.inference_mode(),
             torch.autocast(device.type, self._dtype, enabled=self._dtype != torch.float32),
         ):
-            if self._packed:
+            if packed:
                 places = send_to_device(pack(present, labels), device)
                 outputs = PackedForward(self._model)(input_ids=tokens.to(device), packed=places)
             else:
@@ -94,6 +109,49 @@ class AnswerScorer:
         # (rows, length - 1), 0 where no answer token is predicted
         sums: list[float] = outputs.log_probs.double().sum(dim=1).tolist()
         return sums
+
+
+class LogitScorer:
+    """A causal language model by its own logits, a row at a time: for the few whose logits are more
+    than their output layer's product, in a way that TRL's fused layer does not know of."""
+
+    def __init__(self, model: Any) -> None:
+        """`model` is in evaluation mode."""
+        self._model = model
+
+    @torch.inference_mode()
+    def sums(self, rows: Sequence[Row]) -> list[float]:
+        """As `AnswerScorer.sums`."""
+        return [self._sum(row) if any(row.scored[1:]) else 0.0 for row in rows]
+
+    def _sum(self, row: Row) -> float:
+        tokens = torch.tensor([list(row.input_ids)], device=self._model.device)
+        scored = torch.tensor(row.scored[1:], dtype=torch.bool, device=tokens.device)
+        logits = self._model(input_ids=tokens, use_cache=False).logits[0, :-1][scored]
+        wanted = tokens[0, 1:][scored]
+        nats = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+        return -float(nats.double().sum())
+
+
+def scorer_of(model: Any, *, packed: bool) -> Scorer:
+    """The scorer of any causal language model: the fused one, if a short row is as likely by it as
+    by the model's own logits.
+
+    Args:
+        model: in evaluation mode, without an adapter, its attention as transformers loads it.
+        packed: whether rows may lie in one sequence.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    row = Row([(7 * i + 3) % vocabulary for i in range(_TRIED)], [1] * _TRIED)
+    own = LogitScorer(model)
+    expected = own.sums([row])[0]
+    try:
+        fused = AnswerScorer(model, model.dtype, packed=packed)
+        found = fused.padded_sums([row])[0]
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return own  # a model of another build than TRL's layer is made for
+    allowed = _TRIED * (0.05 if model.dtype.itemsize == 2 else 1e-5)
+    return fused if abs(found - expected) <= allowed else own
 
 
 def passes(lengths: Sequence[int], *, padded: bool) -> Iterator[list[int]]:

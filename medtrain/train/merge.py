@@ -25,7 +25,7 @@ from medtrain.data.base import published_directory, resolve_base
 from medtrain.data.tokenizer import load_chat_tokenizer
 from medtrain.errors import DataError, MedtrainError
 from medtrain.files import sha256_file
-from medtrain.gpus import parameters_of
+from medtrain.gpus import AT_WORK, parameters_of
 from medtrain.run import Run, Trained
 from medtrain.train.adapter import WEIGHTS_FILE, attach_adapter, read_weights
 from medtrain.train.divergence import (
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 _TEMPORARY = ".tmp-divergence-"
 
-_AT_WORK = 1.25
-"""Memory of a model at work, as a multiple of its weights."""
 _FAULT_NATS = {torch.float32: 0.001, torch.float64: 0.001}
 _FAULT_NATS_16_BIT = 0.05
 """What rounding can make of a merge that changes no weight but by the adapter, and more."""
@@ -158,7 +156,7 @@ def _device_for(parameters: float | None, dtype: torch.dtype) -> str | None:
     if not torch.cuda.is_available():
         return None
     free, _ = torch.cuda.mem_get_info()
-    fits = parameters is not None and parameters * dtype.itemsize * _AT_WORK < free
+    fits = parameters is not None and parameters * dtype.itemsize * AT_WORK < free
     return None if fits else "cpu"
 
 

@@ -197,6 +197,7 @@ def _settings(run: Run, config: RunConfig, chat: ChatTokenizer) -> dict[str, Any
         "dtype": model.dtype,
         "attention": model.attention,
         "packed": packs(run, config, "dpo"),
+        "liger": config.train.liger,
         "fused_lora": why_not_fused(config, config.train.strategy) is None,
     }
 
@@ -229,7 +230,8 @@ class _Reference:
 
     def load(self) -> AnswerScorer:
         from medtrain.train.adapter import attach_adapter
-        from medtrain.train.fused_lora import fuse_where_it_fits
+        from medtrain.train.computing import tell_attention
+        from medtrain.train.fused_lora import fuse_where_it_fits, tell_lora
         from medtrain.train.liger import put_liger_on, uses_liger
         from medtrain.train.log_probs import AnswerScorer
         from medtrain.train.model import compute_dtype, load_base, packs
@@ -241,7 +243,9 @@ class _Reference:
             adapted = attach_adapter(base, run.adapter("sft"))
             if uses_liger(config):
                 put_liger_on(adapted.get_base_model())
-            fuse_where_it_fits(adapted, config, config.train.strategy)
+            log = Console(run.log, quiet=True)
+            tell_attention(base, "reference", log, packed=packed)
+            tell_lora(fuse_where_it_fits(adapted, config, config.train.strategy), "reference", log)
             self._scorer = AnswerScorer(adapted, compute_dtype(config), packed=packed)
         return self._scorer
 

@@ -23,7 +23,7 @@ from torch import Tensor
 _TIMES = 4.0
 _FLOAT32_RELATIVE = 1e-5
 """Of a sum: 4-bit kernels of CPUs compute in less than float32."""
-FAR = 8.0
+FAR = 2.5
 """Bounds that no rounding explains: another model."""
 
 PairLosses = Callable[[Tensor, Tensor], Tensor]

@@ -117,9 +117,9 @@ class AnswerTrainer(AdapterTrainer):
         console.warn(
             "dpo_start",
             f"dpo: policy and reference differ by {gap:.3g} nats on the first rows, where {dtype} "
-            f"explains {explained:.3g}{said}. Their kernels differ: the reference was computed on "
-            "another kind of device or with other versions. Compute it again where DPO runs: "
-            "--force reference",
+            f"explains {explained:.3g}{said}. The reference was computed on another kind of device "
+            "or with other versions, or belongs to another adapter. Compute it again where DPO "
+            "runs: --force reference",
             gap=gap,
             explained=explained,
         )

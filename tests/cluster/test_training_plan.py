@@ -210,3 +210,35 @@ def test_check_ends_with_the_code_of_a_wrong_configuration(tmp_path: Path) -> No
     checked = medtrain(*asked, "--check", "cluster.gpu_type=t4", "sft.max_length=8192")
     assert checked.returncode == 64
     assert "sft does not fit its GPUs (T4)" in checked.stderr
+
+
+def test_every_stage_says_what_it_computes_with() -> None:
+    config = config_of(cluster={"gpus": 1, "gpu_type": "h100"})
+    text = " ".join(shown(plan_of(config)).split())
+    assert text.count("attention: packed rows, varlen: PyTorch's variable-length flash") == 2
+    assert text.count("adapters: fused with the base layers; optimizer: adamw_torch_fused") == 2
+    assert "merge: on the GPU (the base needs" in text
+    assert "generate: answers decoded in slots by a CUDA graph" in text
+    assert "reference: packed rows, varlen: PyTorch's variable-length" in text
+    assert "held-out loss by packed rows, varlen" in text
+    older = config_of(
+        cluster={"gpus": 1, "gpu_type": "v100"}, model={"dtype": "float16", "attention": "eager"},
+        sft={"lora": {"dora": True}, "packing": False}, generate={"decoding": "batches"},
+    )  # fmt: skip
+    tree = plan_of(older).to_json()
+    paths = tree["training"][0]["paths"]
+    assert paths["attention"] == "padded rows (packing is off)"
+    assert "PEFT's own path (sft.lora.dora" in paths["lora"]
+    by_kind = {job["kind"]: job["path"] for job in tree["jobs"]}
+    assert "padded rows (model.attention is eager)" in by_kind["reference"]
+    assert by_kind["generate"] == "answers decoded 16 prompts at a time"
+    assert by_kind["cpu"] is None
+
+
+def test_where_16_bits_would_fit_is_said() -> None:
+    large = plan_of(config_of(cluster={"gpus": 1, "gpu_type": "h100"}))
+    assert "The base would fit in 16 bits too" in shown(large)
+    small = plan_of(config_of(cluster={"gpus": 1, "gpu_type": "a10"}))
+    assert "would fit in 16 bits" not in shown(small)
+    plain = config_of(cluster={"gpus": 1, "gpu_type": "h100"}, model={"quantization": "none"})
+    assert "would fit in 16 bits" not in shown(plan_of(plain))

@@ -114,3 +114,24 @@ def test_same_tokens() -> None:
     assert same_tokens(ROWS, [Encoded(*map(list, row)) for row in ROWS])
     other_mask = ROWS[0]._replace(loss_mask=[1] * 9)
     assert not same_tokens(ROWS, [other_mask, *ROWS[1:]])
+
+
+def test_logits_that_are_more_than_a_product_count(tmp_path: Path) -> None:
+    """RecurrentGemma caps its logits under a name that TRL's fused layer does not know."""
+    import torch
+    from transformers import AutoModelForCausalLM, RecurrentGemmaConfig
+
+    config = RecurrentGemmaConfig(
+        vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, lru_width=32, attention_window_size=64, logits_soft_cap=1.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    capped = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        capped.get_output_embeddings().weight *= 50
+    measured = _measure(capped, tmp_path, EXAMPLES, ROWS)
+    for example, row in zip(EXAMPLES, ROWS, strict=True):
+        labels = [i if m else -100 for i, m in zip(row.input_ids, row.loss_mask, strict=True)]
+        with torch.no_grad():
+            expected = capped(torch.tensor([row.input_ids]), labels=torch.tensor([labels])).loss
+        assert measured.of(example.id) == pytest.approx(float(expected), rel=1e-5)

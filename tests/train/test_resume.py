@@ -19,7 +19,7 @@ from medtrain.train.adapter import FACTS_FILE
 from medtrain.train.sft import train_sft
 from medtrain.train.telemetry import keep_metrics_until
 from tests.train.conftest import MakeRun, Ready, adapter_bytes
-from tests.train.training import metrics, same_training, train
+from tests.train.training import metrics, same_training, stopped_at, train
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CHILD = """
@@ -177,3 +177,24 @@ def test_two_processes_train_one_adapter(make_run: MakeRun, tmp_path: Path) -> N
     assert len(steps) == len(set(steps)), "one process keeps the books"
     states = ready.run.checkpoints("sft").glob("checkpoint-4/rng_state_*.pth")
     assert len(list(states)) == 2
+
+
+def test_a_checkpoint_of_the_version_before_is_gone_on_from(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has TRL's lists of figures; the next line is about the steps since."""
+    ready = make_run(sft={"max_steps": 8, "evals_per_epoch": 0, "log_every": 4})
+    stopped_at(ready, "sft", monkeypatch, 3)
+    checkpoint = ready.run.checkpoints("sft") / "checkpoint-3"
+    file = checkpoint / "sums_0.json"
+    sums = json.loads(file.read_text())
+    del sums["figures"]
+    sums["metrics"] = {"entropy": [1.5], "mean_token_accuracy": [0.5], "num_tokens": [99]}
+    file.write_text(json.dumps(sums))
+    said = json.loads((checkpoint / checkpoints._MANIFEST).read_text())
+    facts = {name: said[name] for name in ("step", "finished", "evaluated")}
+    checkpoints.complete(checkpoint, **facts, plan=checkpoints.Plan(**said["plan"]))
+    assert train(ready, "sft")["steps"] == 8
+    lines = [line for line in metrics(ready.run, "sft") if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == [4, 8]
+    assert all("token_accuracy" in line for line in lines)

@@ -130,7 +130,7 @@ def test_every_loss_has_its_value_where_nothing_was_learnt(loss_type: str) -> No
     assert not first_loss(losses, nothing, allowed).is_explained
 
 
-@pytest.mark.parametrize(("times", "warned"), [(0.5, False), (3.0, True)])
+@pytest.mark.parametrize(("times", "warned"), [(0.5, False), (2.0, True)])
 def test_a_reference_that_is_just_beyond_is_warned_of(
     make_dpo_run: MakeRun, monkeypatch: pytest.MonkeyPatch, times: float, warned: bool
 ) -> None:

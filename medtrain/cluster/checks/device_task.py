@@ -27,7 +27,10 @@ def main() -> None:
         found["nf4"] = nf4_product("cuda:0" if found["devices"] else "cpu")
     except (ImportError, RuntimeError, NotImplementedError, AttributeError, OSError) as error:
         found["nf4"] = {"error": f"{type(error).__name__}: {error}"}
-    found["attention"] = packed_attention("cuda:0" if found["devices"] else "cpu")
+    try:
+        found["attention"] = packed_attention("cuda:0" if found["devices"] else "cpu")
+    except (ImportError, RuntimeError) as error:
+        found["attention"] = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(found), flush=True)
 
 

@@ -69,6 +69,9 @@ def _cuda(found: dict[str, Any]) -> Finding:
 
 def attention(found: dict[str, Any]) -> Finding:
     """Judge how packed rows attend: row by row costs a GPU time."""
+    if "error" in found:
+        return failed("attention", f"cannot be tried: {found['error']}",
+                      "Is the GPU full? See `nvidia-smi`.", **found)  # fmt: skip
     shown = f"packed rows by {found['kernel']}: {KERNELS[found['kernel']]}, in {found['dtype']}"
     shown += f" ({found['reason']})" if found["reason"] else ""
     if found["kernel"] == "rows" and found["dtype"] != "float32":
