@@ -70,7 +70,7 @@ def waits(record: Record) -> None:
     for stage in stages:
 
         def one(stage: Trained = stage) -> None:
-            setting = Setting(LLAMA_3_1B, steps=8, section={"log_every": 1000})
+            setting = Setting(LLAMA_3_1B, steps=8, section={"log_every": 1000}, new_tokens=(5, 6))
             found = _waits(stage, _sized(record, setting))
             places = ", ".join(f"{place} {number:g}" for place, number in list(found.items())[:5])
             on_gpu = torch.cuda.is_available()

@@ -39,6 +39,8 @@ class Setting:
     """More settings of the stage, for our side and the baseline."""
     train: dict[str, Any] = field(default_factory=dict)
     """Settings of `train:`."""
+    new_tokens: tuple[int, ...] = ()
+    """Whose rows are trained too, as those of a chat format that the base lacks."""
 
     @property
     def rows_a_step(self) -> int:
@@ -196,7 +198,7 @@ class Training:
         attention = attention_for(self.config.model.attention, packed=packed)
         base = random_llama(self._shape, dtype=self._dtype, device=self._device,
                             attention=attention, quantized=self._setting.quantized)  # fmt: skip
-        chat: Any = SimpleNamespace(new_token_ids=())
+        chat: Any = SimpleNamespace(new_token_ids=self._setting.new_tokens)
         model = add_adapter(base, self.config.sft.lora, chat, seed=0)
         for name, parameter in trainable_parameters(model):
             if drawn and "lora_B" in name:

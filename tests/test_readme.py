@@ -21,7 +21,8 @@ VERBS = {command.name or command.callback.__name__ for command in app.registered
 def test_every_path_that_is_named_exists(text: str) -> None:
     named = re.findall(r"(?:configs|slurm|bench|medtrain|tests)/[\w./-]*\w/?", text)
     assert named
-    for path in set(named) - {"slurm/site.yaml"}:  # a site writes that one itself
+    # A site writes the first itself; the second lies in a user's cache.
+    for path in set(named) - {"slurm/site.yaml", "medtrain/kernels"}:
         assert (ROOT / path).exists(), path
 
 

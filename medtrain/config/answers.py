@@ -25,9 +25,9 @@ class EngineConfig(Section):
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable that holds the endpoint's key."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Prompts answered at a time; at an endpoint, requests in flight. `auto`: as many answers as a
-    GPU's memory allows, 16 prompts on a CPU, 256 with vLLM, 16 requests at an endpoint. Where
-    memory runs out, it goes on with half as many."""
+    """Prompts answered at a time; at an endpoint, requests in flight. `auto`: up to 128 answers
+    by a GPU's memory, 16 prompts on a CPU, 256 with vLLM, 16 requests at an endpoint. Where memory
+    runs out, it goes on with half as many."""
     decoding: Literal["auto", "batches"] = "auto"
     """Of engine `transformers`. `auto`: on a GPU all rows go on at once, step by step by a CUDA
     graph, where the model allows it. `batches`: one batch after the other, as on a CPU."""
