@@ -6,6 +6,7 @@ from collections.abc import Collection
 from importlib.util import find_spec
 
 from medtrain.config import RunConfig
+from medtrain.config.lora_path import why_not_fused
 from medtrain.endpoint import key_from_environment
 from medtrain.errors import ConfigError
 from medtrain.run import Run
@@ -52,11 +53,13 @@ def check_key(config: RunConfig, undone: Collection[str], also: Collection[str] 
 
 
 def check_packages(config: RunConfig) -> None:
-    """Look for the packages that the settings of training name, without importing them.
+    """Look for the packages that the settings of training name, without importing them, and for
+    settings that exclude each other.
 
     Raises:
-        ConfigError: one is not installed here.
+        ConfigError: one is not installed here, or two cannot be together.
     """
+    why_not_fused(config, config.train.strategy)
     for tracker in config.train.trackers:
         if not _is_installed(tracker):
             raise ConfigError(

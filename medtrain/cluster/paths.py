@@ -8,16 +8,20 @@ says what came of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from medtrain.attention import Facts, choose, installed_facts
 from medtrain.attention.choice import KERNELS, Wanted
 from medtrain.attention.families import FAMILIES
+from medtrain.cluster.hardware import Hardware
 from medtrain.config import EvaluateConfig, GenerateConfig, JobKind, RunConfig
 from medtrain.config.lora_path import why_not_fused
+from medtrain.generate.slots.sizes import MAX_SLOTS
 from medtrain.gpus import AT_WORK, Gpu
 from medtrain.memory import Architecture, Choice
 from medtrain.memory.choose import gib
+from medtrain.memory.estimate import CONTEXT
 from medtrain.memory.work import FUSED
 from medtrain.run import Trained
 
@@ -25,6 +29,8 @@ from medtrain.run import Trained
 class Paths(NamedTuple):
     """What a stage computes with, in words."""
 
+    precision: str
+    """Of computation, and how the base is stored."""
     attention: str
     lora: str
     optimizer: str
@@ -47,6 +53,7 @@ def paths_of(
         choice: its strategy.
     """
     return Paths(
+        _precision(config, gpu),
         _attention(config, stage, gpu, architecture),
         _lora(config, choice.strategy),
         _optimizer(config, stage, gpu, choice),
@@ -73,7 +80,7 @@ def job_path(
         return _decoding(config.generate, gpu)
     if kind == "evaluate":
         measured = config.evaluate.held_out_loss and config.evaluate.engine == "transformers"
-        loss = f"; held-out loss by {attention}" if measured else ""
+        loss = f"; held-out loss: {attention}" if measured else ""
         return _decoding(config.evaluate, gpu) + loss
     return ""
 
@@ -83,7 +90,8 @@ def _decoding(section: GenerateConfig | EvaluateConfig, gpu: Gpu | None) -> str:
         return f"answers by {'an endpoint' if section.engine == 'openai' else section.engine}"
     if gpu is None or section.decoding == "batches":
         return f"answers decoded {section.prompts_together} prompts at a time"
-    return "answers decoded in slots by a CUDA graph, where the model allows it"
+    rows = f"{section.batch_size} prompts" if section.batch_size != "auto" else f"{MAX_SLOTS} rows"
+    return f"answers decoded in slots, up to {rows} at a time, or in batches if the model needs it"
 
 
 def _merging(config: RunConfig, gpu: Gpu | None, architecture: Architecture | None) -> str:
@@ -94,7 +102,39 @@ def _merging(config: RunConfig, gpu: Gpu | None, architecture: Architecture | No
     each = 4 if config.model.dtype == "float32" else 2
     needed = AT_WORK * each * architecture.parameters.total
     where = "on the GPU" if needed < gpu.memory_bytes else "on the CPU"
-    return f"{where} (the base needs {gib(needed)} of {gib(gpu.memory_bytes)})"
+    return f"{where} (the base needs {gib(needed)}, the GPU has {gib(gpu.memory_bytes)})"
+
+
+def warnings_of_answering(
+    config: RunConfig, hardware: Hardware, kinds: Iterable[JobKind]
+) -> Iterator[str]:
+    """Where a model that is trained in 4 bits will not fit its GPU to answer.
+
+    Args:
+        config: the run's.
+        hardware: of its jobs.
+        kinds: of the jobs to do that have GPUs.
+    """
+    architecture = hardware.architecture
+    for kind in dict.fromkeys(kinds):
+        section = {"generate": config.generate, "evaluate": config.evaluate}.get(kind)
+        if section is None or section.engine != "transformers" or architecture is None:
+            continue
+        gpu = hardware.gpu(kind)
+        needed = hardware.bytes_each(kind) * architecture.parameters.total + CONTEXT
+        if needed >= gpu.memory_bytes:
+            yield (
+                f"{kind} does not fit: models answer unquantised, and weights alone need "
+                f"{gib(needed)} of the {gpu.name}'s {gib(gpu.memory_bytes)}: ask for a larger GPU "
+                f"(cluster.stages.{kind}.gpu_type), or answer by an endpoint ({kind}.engine=openai)"
+            )
+
+
+def _precision(config: RunConfig, gpu: Gpu | None) -> str:
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if gpu is not None and gpu.bfloat16 else "float32"
+    return f"{dtype}, the base in 4 bits" if config.model.quantization == "nf4" else dtype
 
 
 def _attention(
@@ -113,7 +153,7 @@ def _attention(
     if not choices:
         return f"packed rows, but {wanted} is not to be had"
     best = choices[0]
-    return f"packed rows, {best.kernel}: {KERNELS[best.kernel]}" + (
+    return f"packed rows by {best.kernel}: {KERNELS[best.kernel]}" + (
         f" ({best.reason})" if best.reason else ""
     )
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from medtrain.cluster.chain import plan_chain, steps_of
 from medtrain.cluster.estimate import Basis, Estimator
 from medtrain.cluster.ledger import Step
-from medtrain.cluster.paths import job_path
+from medtrain.cluster.paths import job_path, warnings_of_answering
 from medtrain.cluster.proportions import out_of_proportion
 from medtrain.cluster.site import resources_of
 from medtrain.cluster.training_plan import TrainingPlan, plan_training, warnings_of_training
@@ -205,6 +205,9 @@ def make_plan(run: Run, config: RunConfig, selection: Selection, config_name: st
         assumptions=(_about_rows(estimator), _about_speed(config, jobs)),
         warnings=(
             *(line for one in training for line in warnings_of_training(one, config.model.dtype)),
+            *warnings_of_answering(
+                config, estimator.hardware, [j.kind for j in jobs if j.state == "to do" and j.gpus]
+            ),
             *out_of_proportion(jobs, config),
         ),
         commands=(

@@ -39,7 +39,10 @@ def training_views(plan: TrainingPlan) -> Iterator[Table | Text]:
         mark = ("  → ", "green") if plan.choice.fits else ("  ✗ ", "red")
         yield Text.assemble(mark, plan.choice.reason)
     yield Text(f"  attention: {plan.paths.attention}")
-    yield Text(f"  adapters: {plan.paths.lora}; optimizer: {plan.paths.optimizer}")
+    yield Text(
+        f"  computes in {plan.paths.precision}; adapters {plan.paths.lora}; "
+        f"optimizer {plan.paths.optimizer}"
+    )
     if plan.in_16_bits is not None:
         yield Text(
             f"  The base would fit in 16 bits too ({plan.in_16_bits.peak / GIB:.1f} GiB): "

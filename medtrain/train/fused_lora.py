@@ -69,12 +69,12 @@ def fuse_where_it_fits(model: Any, config: RunConfig, strategy: str) -> Fused:
 
 def tell_lora(fused: Fused, stage: str, console: Console) -> None:
     """Write down which path a stage's adapters take."""
+    if fused.reason is not None:
+        console.log_only("lora", stage=stage, by="peft", reason=fused.reason)
+        return
+    why = "; ".join(sorted(set(fused.plain.values())))
     console.log_only(
-        "lora",
-        stage=stage,
-        fused=fused.layers,
-        plain=len(fused.plain),
-        reason=fused.reason or "; ".join(sorted(set(fused.plain.values()))),
+        "lora", stage=stage, by="fused", layers=fused.layers, peft=len(fused.plain), reason=why
     )
 
 

@@ -281,12 +281,12 @@ def warned(**sections: Any) -> str:
 
 
 def test_a_time_limit_that_is_too_short() -> None:
-    said = warned(cluster={"stages": {"sft": {"time_min": 6}}})
-    assert "sft: a task takes about 13 min and its time limit is 6 min" in said
-    assert "requeued 3 times" in said
+    said = warned(cluster={"stages": {"sft": {"time_min": 10}}})
+    assert "sft: a task takes about 20 min and its time limit is 10 min" in said
+    assert "requeued 2 times" in said
     assert "cluster.stages.sft.time_min" in said
     assert "cluster.max_requeues=1 allows" in warned(
-        cluster={"stages": {"sft": {"time_min": 6}}, "max_requeues": 1}
+        cluster={"stages": {"sft": {"time_min": 10}}, "max_requeues": 1}
     )
 
 

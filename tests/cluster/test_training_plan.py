@@ -215,12 +215,13 @@ def test_check_ends_with_the_code_of_a_wrong_configuration(tmp_path: Path) -> No
 def test_every_stage_says_what_it_computes_with() -> None:
     config = config_of(cluster={"gpus": 1, "gpu_type": "h100"})
     text = " ".join(shown(plan_of(config)).split())
-    assert text.count("attention: packed rows, varlen: PyTorch's variable-length flash") == 2
-    assert text.count("adapters: fused with the base layers; optimizer: adamw_torch_fused") == 2
+    assert text.count("attention: packed rows by varlen: PyTorch's variable-length flash") == 2
+    computed = "computes in bfloat16, the base in 4 bits; adapters fused with the base layers; "
+    assert text.count(f"{computed}optimizer adamw_torch_fused") == 2
     assert "merge: on the GPU (the base needs" in text
-    assert "generate: answers decoded in slots by a CUDA graph" in text
-    assert "reference: packed rows, varlen: PyTorch's variable-length" in text
-    assert "held-out loss by packed rows, varlen" in text
+    assert "generate: answers decoded in slots, up to 128 rows at a time" in text
+    assert "reference: packed rows by varlen: PyTorch's variable-length" in text
+    assert "held-out loss: packed rows by varlen" in text
     older = config_of(
         cluster={"gpus": 1, "gpu_type": "v100"}, model={"dtype": "float16", "attention": "eager"},
         sft={"lora": {"dora": True}, "packing": False}, generate={"decoding": "batches"},
@@ -233,6 +234,15 @@ def test_every_stage_says_what_it_computes_with() -> None:
     assert "padded rows (model.attention is eager)" in by_kind["reference"]
     assert by_kind["generate"] == "answers decoded 16 prompts at a time"
     assert by_kind["cpu"] is None
+
+
+def test_a_model_that_answers_nowhere_is_warned_of() -> None:
+    """It is trained in 4 bits, and answers in 16."""
+    small = plan_of(config_of(cluster={"gpus": 1, "gpu_type": "t4"}, model={"dtype": "float16"}))
+    assert any("generate does not fit: models answer unquantised" in w for w in small.warnings)
+    assert any("evaluate does not fit" in w for w in small.warnings)
+    large = plan_of(config_of(cluster={"gpus": 1, "gpu_type": "a100"}))
+    assert not any("answer unquantised" in w for w in large.warnings)
 
 
 def test_where_16_bits_would_fit_is_said() -> None:

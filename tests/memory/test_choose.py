@@ -17,7 +17,7 @@ from medtrain.memory import (
     estimate,
     work_of,
 )
-from medtrain.memory.choose import CHEAPEST_FIRST, strategies_for
+from medtrain.memory.choose import CHEAPEST_FIRST, COUNTED_ON, strategies_for
 from medtrain.memory.work import FUSED, PAGED
 from tests.memory.test_estimate import LLAMA_8B, config_of
 
@@ -54,14 +54,15 @@ def test_nothing_cheaper_would_have_fitted(gib: float, gpus: int, stage: str) ->
         for strategy in (CHEAPEST_FIRST if gpus > 1 else CHEAPEST_FIRST[:1])
         for way in (False, True)
     ]
-    fitting = [
-        (strategy, way)
+    peaks = {
+        (strategy, way): estimate(LLAMA_8B, work, strategy, gpus=gpus, checkpointing=way).peak
         for strategy, way in ways
-        if estimate(LLAMA_8B, work, strategy, gpus=gpus, checkpointing=way).peak <= int(gib * GIB)
-    ]
+    }
+    fitting = [way for way, peak in peaks.items() if peak <= int(gib * GIB)]
+    with_room = [way for way in fitting if peaks[way] <= COUNTED_ON * int(gib * GIB)]
     assert chosen.fits == bool(fitting)
     if fitting:
-        assert (chosen.strategy, chosen.checkpointing) == fitting[0]
+        assert (chosen.strategy, chosen.checkpointing) == (with_room or fitting)[0]
     else:
         assert ": " in chosen.reason
 
@@ -120,12 +121,13 @@ def test_a_worker_comes_to_the_launchers_answer(gib: float, gpus: int) -> None:
 
 def test_moments_are_in_8_bits_only_where_nothing_else_fits() -> None:
     assert choice(80, gpus=1).optimizer == FUSED
-    by_size = [choice(gib / 10, gpus=1) for gib in range(100, 200)]
-    fitting = [one for one in by_size if one.fits]
-    assert {one.optimizer for one in fitting} == {FUSED, PAGED}
-    assert [one.optimizer for one in fitting] == sorted(
-        (one.optimizer for one in fitting), key=[PAGED, FUSED].index
-    )
+    by_size = {gib / 20: choice(gib / 20, gpus=1) for gib in range(200, 600)}
+    fitting = {gib: one for gib, one in by_size.items() if one.fits}
+    assert {one.optimizer for one in fitting.values()} == {FUSED, PAGED}
+    work = work_of(config_of(), "sft", LLAMA_8B, optimizer=FUSED)
+    for gib, one in fitting.items():
+        same = estimate(LLAMA_8B, work, one.strategy, gpus=1, checkpointing=one.checkpointing)
+        assert one.optimizer == FUSED or same.peak > COUNTED_ON * gib * GIB
     assert choice(10, gpus=1, sft={"optimizer": FUSED}).optimizer == FUSED
     assert choice(80, gpus=1, model=PLAIN).optimizer == FUSED
 

@@ -248,7 +248,8 @@ def test_a_run_learns_the_same_with_and_without(make_run: MakeRun) -> None:
         train(ready, "sft")
         curves.append(losses(ready.run, "sft"))
         log = ready.run.log.read_text()
-        assert f"event=lora stage=sft fused={14 if wanted else 0} " in log
+        said = "by=fused layers=14 " if wanted else "by=peft reason="
+        assert f"event=lora stage=sft {said}" in log
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
 
 
