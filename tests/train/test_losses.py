@@ -185,12 +185,12 @@ def test_a_pass_reads_nothing(
     trainer.model.train()
     trainer._divergence = torch.zeros(1)
     inputs = passed(trainer)
-    figures = trainer.figures["train"]
+    figures, items, good = trainer.figures["train"], torch.tensor(99), torch.tensor(True)
     with on_a_gpu(monkeypatch), waits_counted() as waits:
-        computed = trainer.computed(PackedForward(trainer.model), inputs, torch.tensor(99))
+        computed = trainer.computed(PackedForward(trainer.model), inputs, items)
         computed.loss.backward()
         figures.add_to_step(computed)
-        figures.end_step(torch.tensor(True))
+        figures.end_step(good)
     assert not waits, waits
     with waits_counted() as waits:
         figures.line()
