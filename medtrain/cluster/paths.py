@@ -22,7 +22,7 @@ from medtrain.gpus import AT_WORK, Gpu
 from medtrain.memory import Architecture, Choice
 from medtrain.memory.choose import gib
 from medtrain.memory.estimate import CONTEXT
-from medtrain.memory.work import FUSED
+from medtrain.memory.work import DTYPE_BYTES, optimizer_under
 from medtrain.run import Trained
 
 
@@ -159,11 +159,10 @@ def _attention(
 
 
 def _facts(config: RunConfig, gpu: Gpu | None, architecture: Architecture) -> Facts:
-    sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
-    automatic = gpu.auto_bytes if gpu else 4
+    automatic = gpu.auto_bytes if gpu else DTYPE_BYTES["float32"]
     return installed_facts(
         gpu.capability if gpu else None,
-        sizes.get(config.model.dtype, automatic),
+        DTYPE_BYTES.get(config.model.dtype, automatic),
         architecture.head_dim,
     )
 
@@ -177,7 +176,4 @@ def _optimizer(config: RunConfig, stage: Trained, gpu: Gpu | None, choice: Choic
     named: str = getattr(config, stage).optimizer
     if named != "auto":
         return named
-    if gpu is None or choice.strategy == "fsdp2":
-        return "adamw_torch"
-    chosen = choice.optimizer or FUSED
-    return "adamw_torch" if chosen == FUSED and choice.strategy != "ddp" else chosen
+    return "adamw_torch" if gpu is None else optimizer_under(choice.strategy, choice.optimizer)

@@ -8,7 +8,6 @@ Nothing is written, no job is asked for, Slurm need not be there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -17,12 +16,11 @@ from medtrain.cluster.chain import plan_chain, steps_of
 from medtrain.cluster.estimate import Basis, Estimator
 from medtrain.cluster.ledger import Step
 from medtrain.cluster.paths import job_path, warnings_of_answering
+from medtrain.cluster.plan_commands import commands_of
 from medtrain.cluster.proportions import out_of_proportion
 from medtrain.cluster.site import resources_of
 from medtrain.cluster.training_plan import TrainingPlan, plan_training, warnings_of_training
 from medtrain.config import JobKind, RunConfig
-from medtrain.data.needs import datasets_needed, models_needed
-from medtrain.endpoint import read_secrets
 from medtrain.errors import ConfigError
 from medtrain.gpus import (
     DECODING_SHARE,
@@ -211,7 +209,7 @@ def make_plan(run: Run, config: RunConfig, selection: Selection, config_name: st
             *out_of_proportion(jobs, config),
         ),
         commands=(
-            tuple(_commands(config, config_name, jobs, before, selection))
+            tuple(commands_of(config, config_name, jobs, before, selection))
             if all(one.choice.fits for one in training)
             else (f"medtrain plan {config_name} --check",)
         ),
@@ -279,27 +277,3 @@ def _about_speed(config: RunConfig, jobs: Sequence[PlannedJob]) -> str:
         f"its memory bandwidth, {STEP_FLOOR_S['transformers'] * 1e3:.0f} ms a step or more; "
         f"weights load at {LOAD_BYTES_PER_S / 1e9:g} GB/s."
     )
-
-
-def _commands(
-    config: RunConfig,
-    config_name: str,
-    jobs: Sequence[PlannedJob],
-    before: Sequence[str],
-    selection: Selection,
-) -> Iterator[str]:
-    if all(job.state == "done" for job in jobs):
-        return
-    if config.cluster.offline and (models_needed(config) or datasets_needed(config)):
-        yield f"medtrain prepare {config_name} --fetch"
-    judge = config.judge
-    asks = any(job.kind == "judge" and job.state == "to do" for job in jobs)
-    if asks and judge.kind == "openai" and not judge.base_url:
-        named = {*os.environ, *read_secrets(config.cluster.secrets_file)}
-        if judge.api_key_env not in named:
-            yield f"export {judge.api_key_env}=…"
-    if before:
-        yield f"medtrain submit {config_name} --until {before[-1]}"
-    chosen = {"--from": selection.start, "--until": selection.until, "--only": selection.only}
-    options = "".join(f" {option} {name}" for option, name in chosen.items() if name)
-    yield f"medtrain submit {config_name}{options}"

@@ -15,7 +15,8 @@ from medtrain.config.lora_path import why_not_fused
 from medtrain.memory.architecture import Architecture
 
 Device = Literal["cuda", "cpu"]
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of a number, by `model.dtype`; `auto` depends on the GPU."""
 FUSED, PAGED = "adamw_torch_fused", "paged_adamw_8bit"
 """What `optimizer: auto` stands for on a GPU."""
 _V100, _A100 = (7, 0), (8, 0)
@@ -71,7 +72,7 @@ def work_of(
     """
     section = config.dpo if stage == "dpo" else config.sft
     a_row = section.max_length * sides_of(config, stage)
-    dtype_bytes = _DTYPE_BYTES.get(config.model.dtype, auto_bytes)
+    dtype_bytes = DTYPE_BYTES.get(config.model.dtype, auto_bytes)
     return Work(
         tokens=section.batch_size * a_row,
         evaluated_tokens=section.eval_batch_size * a_row if section.validation_fraction else 0,
@@ -102,7 +103,7 @@ def _lora(config: RunConfig, stage: str) -> LoraConfig:
 
 def _repeats_groups(dtype_bytes: int, auto_bytes: int) -> bool:
     """Whether attention is computed by a kernel that wants as many keys as queries."""
-    older = auto_bytes == _DTYPE_BYTES["float32"]
+    older = auto_bytes == DTYPE_BYTES["float32"]
     facts = installed_facts(_V100 if older else _A100, dtype_bytes, head_dim=128)
     return choose(facts)[0].repeats_groups
 
@@ -118,6 +119,19 @@ def optimizers_of(config: RunConfig, optimizer: str, device: Device) -> tuple[st
     if device == "cpu":
         return ("adamw_torch",)
     return (FUSED, PAGED) if config.model.quantization == "nf4" else (FUSED,)
+
+
+def optimizer_under(strategy: str, chosen: str | None) -> str:
+    """What `auto` comes to on a GPU: strategies that shard hand an optimiser pieces of flat
+    tensors, and step it themselves.
+
+    Args:
+        strategy: that training is launched with.
+        chosen: one of `optimizers_of`; None where memory was not estimated.
+    """
+    if strategy == "fsdp2" or (strategy != "ddp" and chosen in (None, FUSED)):
+        return "adamw_torch"
+    return chosen or FUSED
 
 
 def _state_bytes(optimizer: str, device: Device) -> int:

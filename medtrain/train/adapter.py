@@ -11,14 +11,14 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import set_peft_model_state_dict
 from peft.utils.other import TrainableTokensWrapper
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
@@ -26,29 +26,20 @@ from medtrain.config import LoraConfig
 from medtrain.config.problems import nearest
 from medtrain.errors import AdapterMismatchError, ConfigError, DataError
 from medtrain.files import read_json, write_json
+from medtrain.train.adapter_fit import (
+    CONFIG_FILE,
+    FACTS_FILE,
+    WEIGHTS_FILE,
+    AdapterFacts,
+    check_facts,
+    check_vocabulary,
+)
 from medtrain.train.new_tokens import keep_token_numbers
+
+__all__ = ["CONFIG_FILE", "FACTS_FILE", "WEIGHTS_FILE", "AdapterFacts"]
 
 if TYPE_CHECKING:
     from medtrain.data.chat import ChatTokenizer
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-FACTS_FILE = "medtrain_adapter.json"
-
-_EMBEDDING_KEYS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
-
-
-class AdapterFacts(NamedTuple):
-    """What medtrain writes beside an adapter, to recognise the base it belongs on."""
-
-    base: str
-    """As in `model.base`."""
-    revision: str | None
-    vocab_rows: int
-    """Embedding rows of the model it was trained on, grown ones included."""
-    new_token_ids: list[int]
-    """Rows that were trained whole."""
-    stage: str
 
 
 def add_adapter(model: Any, lora: LoraConfig, chat: ChatTokenizer, *, seed: int) -> Any:
@@ -81,8 +72,8 @@ def attach_adapter(
         AdapterMismatchError: the adapter was made for another base or another vocabulary.
     """
     config = _read_config(adapter_dir)
-    _check_facts(model, adapter_dir)
-    _check_vocabulary(model, adapter_dir, config)
+    check_facts(model, adapter_dir)
+    check_vocabulary(model, adapter_dir, config)
     config.inference_mode = not trainable
     try:
         wrapped = get_peft_model(model, config, adapter_name=name)
@@ -252,61 +243,6 @@ def _read_config(adapter_dir: Path) -> Any:
             f"{adapter_dir / CONFIG_FILE} is no adapter configuration that PEFT can read: "
             f"{_essence(error)}"
         ) from error
-
-
-def _check_facts(model: Any, adapter_dir: Path) -> None:
-    """Compare what medtrain wrote beside the adapter with the model at hand."""
-    if not (adapter_dir / FACTS_FILE).is_file():
-        return
-    facts = AdapterFacts(**read_json(adapter_dir / FACTS_FILE))
-    rows = model.get_input_embeddings().weight.shape[0]
-    here = str(model.name_or_path)
-    if facts.vocab_rows != rows:
-        raise _wrong_vocabulary(adapter_dir, facts.vocab_rows, here, rows)
-    both_on_the_hub = not Path(here).exists() and not Path(facts.base).exists()
-    if both_on_the_hub and facts.base != here and not facts.base.startswith("builtin:"):
-        raise AdapterMismatchError(
-            f"The adapter {adapter_dir} was trained on {facts.base}, not on {here}",
-            fix=f"Set model.base={facts.base}, or train the adapter again on {here}.",
-        )
-
-
-def _check_vocabulary(model: Any, adapter_dir: Path, config: Any) -> None:
-    """Look for the classic mismatch in the header of the weights file, without reading it."""
-    rows, hidden = model.get_input_embeddings().weight.shape
-    here = str(model.name_or_path)
-    indices = getattr(config, "trainable_token_indices", None) or {}
-    lists = indices.values() if isinstance(indices, dict) else [indices]
-    highest = max((max(ids) for ids in lists if ids), default=-1)
-    if highest >= rows:
-        raise _wrong_vocabulary(adapter_dir, highest + 1, here, rows)
-    for key, shape in _shapes(adapter_dir):
-        if "trainable_tokens" in key and shape[1] != hidden:
-            raise AdapterMismatchError(
-                f"The adapter {adapter_dir} was trained on a model of hidden size {shape[1]}, "
-                f"but {here} has {hidden}",
-                fix="Load it on the base it was trained on, or train it again on this one.",
-            )
-        whole = key.endswith(".weight") and key.split(".")[-2] in _EMBEDDING_KEYS
-        if whole and shape[0] != rows:
-            raise _wrong_vocabulary(adapter_dir, shape[0], here, rows)
-
-
-def _shapes(adapter_dir: Path) -> Iterator[tuple[str, list[int]]]:
-    try:
-        with safe_open(adapter_dir / WEIGHTS_FILE, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118 - not a dict
-                yield key, weights.get_slice(key).get_shape()
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{adapter_dir / WEIGHTS_FILE} cannot be read: {error}") from error
-
-
-def _wrong_vocabulary(adapter_dir: Path, theirs: int, base: str, here: int) -> AdapterMismatchError:
-    return AdapterMismatchError(
-        f"The adapter {adapter_dir} was trained on a vocabulary of {theirs} rows, "
-        f"but {base} has {here}",
-        fix="Use the base and the chat template it was trained with, or train it again.",
-    )
 
 
 def _essence(error: BaseException) -> str:

@@ -22,15 +22,12 @@ from medtrain.config import RunConfig
 from medtrain.data.base import resolve_base
 from medtrain.errors import BadNodeError, ConfigError, DataError, EndpointError, MedtrainError
 from medtrain.run import Run, Trained
+from medtrain.train.growing import grow
 
 if TYPE_CHECKING:
     from medtrain.data.chat import ChatTokenizer
 
 __all__ = ["compute_dtype", "load_base", "load_merged", "packs"]
-
-NEW_ROW_SPREAD = 0.05
-"""How far a new row lies from the mean row, in standard deviations of the old rows."""
-_ROWS_AT_A_TIME = 1_024
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -82,7 +79,7 @@ def load_base(
     )
     if quantized:
         _keep_weights_as_they_are(model)
-    _grow(model, chat)
+    grow(model, chat)
     _name_control_tokens(model, chat)
     return model.eval()
 
@@ -256,51 +253,3 @@ def _name_control_tokens(model: Any, chat: ChatTokenizer) -> None:
     model.config.eos_token_id = chat.tokenizer.eos_token_id
     if model.generation_config is not None:
         model.generation_config.eos_token_id = list(chat.stop_token_ids)
-
-
-def _grow(model: Any, chat: ChatTokenizer) -> None:
-    """Give the model `chat.vocab_rows` rows; every stage computes the same new ones."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows != chat.base_vocab_rows:
-        raise DataError(
-            f"The tokenizer was prepared for a base of {chat.base_vocab_rows} vocabulary rows, "
-            f"but {model.name_or_path} has {rows}",
-            fix="The base was changed after `medtrain prepare`: run prepare again.",
-        )
-    if rows == chat.vocab_rows:
-        return
-    model.resize_token_embeddings(chat.vocab_rows, mean_resizing=False)
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    weights = {id(layer.weight): layer.weight for layer in layers if layer is not None}
-    for weight in weights.values():
-        _fill_new_rows(weight.data, rows)
-    if layers[1] is not None and getattr(layers[1], "bias", None) is not None:
-        layers[1].bias.data[rows:] = layers[1].bias.data[:rows].mean()
-
-
-def _fill_new_rows(weight: torch.Tensor, old_rows: int) -> None:
-    """Set the rows from `old_rows` on to the mean old row plus a little noise of their own.
-
-    The mean keeps the new tokens from taking probability from the old ones before they are trained
-    (J. Hewitt, https://nlp.stanford.edu/~johnhew/vocab-expansion.html); the noise, seeded by the
-    row's number, tells them apart. Sums are in float64 on the CPU, so that the dtype and the
-    device of the model do not show.
-
-    Args:
-        weight: (vocabulary rows, hidden size), changed in place.
-        old_rows: how many rows came with the base.
-    """
-    hidden = weight.shape[1]
-    total = torch.zeros(hidden, dtype=torch.float64)
-    squares = torch.zeros(hidden, dtype=torch.float64)
-    for start in range(0, old_rows, _ROWS_AT_A_TIME):
-        chunk = weight[start : min(start + _ROWS_AT_A_TIME, old_rows)].to("cpu", torch.float64)
-        total += chunk.sum(dim=0)
-        squares += chunk.square().sum(dim=0)
-    mean = total / old_rows
-    spread = (squares / old_rows - mean.square()).clamp(min=0).sqrt() * NEW_ROW_SPREAD
-    for row in range(old_rows, weight.shape[0]):
-        noise = torch.randn(
-            hidden, dtype=torch.float64, generator=torch.Generator().manual_seed(row)
-        )
-        weight[row] = (mean + spread * noise).to(weight.dtype)

@@ -25,7 +25,7 @@ from medtrain.console import Console
 from medtrain.environment import STRATEGY_VARIABLE
 from medtrain.errors import ConfigError
 from medtrain.memory import Choice, architecture_of, choose_under
-from medtrain.memory.work import FUSED
+from medtrain.memory.work import optimizer_under
 from medtrain.run import Run, Trained
 from medtrain.train.checkpoints import Plan
 from medtrain.train.liger import uses_liger
@@ -247,14 +247,10 @@ def choose_optimizer(
 
 
 def _best_optimizer(run: Run, config: RunConfig, stage: Trained, plan: Plan) -> str:
-    """What `auto` takes: fused where the moments fit beside the rest.
-
-    Strategies that shard hand an optimiser pieces of flat tensors, and step it themselves.
-    """
-    if not torch.cuda.is_available() or plan.strategy == "fsdp2":
+    """What `auto` takes: fused where the moments fit beside the rest."""
+    if not torch.cuda.is_available():
         return "adamw_torch"
-    chosen = _choice(run, config, stage, plan).optimizer or FUSED
-    return "adamw_torch" if chosen == FUSED and plan.strategy != "ddp" else chosen
+    return optimizer_under(plan.strategy, _choice(run, config, stage, plan).optimizer)
 
 
 def _checked(kind: Any, arguments: dict[str, Any], stage: Trained) -> Any:
