@@ -55,6 +55,8 @@ class Choice(NamedTuple):
 
     kernel: Kernel
     reason: str
+    surprising: bool = False
+    """Whether a better one was there and did not work, which nobody could know before."""
 
     @property
     def repeats_groups(self) -> bool:

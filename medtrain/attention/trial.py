@@ -52,7 +52,8 @@ def _settled(shape: Shape, wanted: Wanted) -> Choice:
     for choice in choose(facts_of(shape), wanted):
         problem = _problem(choice.kernel, shape)
         if problem is None:
-            return Choice(choice.kernel, ", ".join([*filter(None, [choice.reason]), *against]))
+            reason = ", ".join([*filter(None, [choice.reason]), *against])
+            return Choice(choice.kernel, reason, surprising=bool(against))
         against.append(f"no {choice.kernel}: {problem}")
     raise ConfigError(
         f"model.attention={wanted} computes no packed rows here: "

@@ -31,9 +31,16 @@ def tell_attention(model: Any, stage: str, console: Console, *, packed: bool) ->
             "attention", stage=stage, packed=False, by=str(model.config._attn_implementation)
         )
         return
-    kernel, reason = kernel_of(model)
+    kernel, reason, surprising = kernel_of(model)
     console.log_only("attention", stage=stage, packed=True, by=kernel, reason=reason)
-    if kernel == "rows" and model.device.type == "cuda":
+    if surprising:
+        console.warn(
+            "attention_failed",
+            f"{stage}: packed rows attend by {kernel}, since a better kernel does not work on this "
+            f"GPU: {reason}",
+            stage=stage,
+        )
+    elif kernel == "rows" and model.device.type == "cuda":
         console.warn(
             "attention_slow",
             f"{stage}: packed rows attend one after another ({reason}), which costs a GPU time; "

@@ -130,14 +130,15 @@ def nothing_settled_yet() -> Iterator[None]:
 
 def test_a_kernel_that_gives_right_results_is_taken() -> None:
     with on_a_gpu("varlen"), varlen(reference.varlen_2_13):
-        assert trial.settled(shape(windowed=True)).kernel == "varlen"
+        choice = trial.settled(shape(windowed=True))
+        assert (choice.kernel, choice.surprising) == ("varlen", False)
 
 
 def test_a_kernel_that_fails_on_the_device_is_not_taken() -> None:
     """As PyTorch's own does on a CPU."""
     with on_a_gpu("varlen"):
         choice = trial.settled(shape())
-    assert choice.kernel == "rows"
+    assert (choice.kernel, choice.surprising) == ("rows", True)
     assert "no varlen: it fails here (" in choice.reason
 
 

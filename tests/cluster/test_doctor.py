@@ -167,6 +167,8 @@ def test_a_gpu_without_a_kernel_for_packed_rows_is_warned_of() -> None:
     assert (finding.mark, "PyTorch 2.8 has none" in finding.found) == ("warn", True)
     fast = devices.attention({"kernel": "varlen", "reason": "", "dtype": "bfloat16"})
     assert (fast.mark, fast.found.endswith("in bfloat16")) == ("pass", True)
+    broken = {**slow, "kernel": "efficient", "surprising": True}
+    assert devices.attention(broken).mark == "warn"
     cpu = {"kernel": "rows", "reason": "no GPU", "dtype": "float32"}
     assert devices.attention(cpu).mark == "pass"
 

@@ -87,7 +87,7 @@ def nf4_product(device: str) -> dict[str, Any]:
     }
 
 
-def packed_attention(device: str) -> dict[str, str]:
+def packed_attention(device: str) -> dict[str, Any]:
     """The kernel that packed rows attend by, with heads like those of an 8B model."""
     import torch
 
@@ -95,8 +95,8 @@ def packed_attention(device: str) -> dict[str, str]:
 
     dtype = _half_or_whole(device)
     shape = Shape(torch.device(device), dtype, heads=32, kv_heads=8, head_dim=128, windowed=False)
-    kernel, reason = settled(shape)
-    return {"kernel": kernel, "reason": reason, "dtype": str(dtype).removeprefix("torch.")}
+    choice = settled(shape)
+    return {**choice._asdict(), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def _half_or_whole(device: str) -> Any:

@@ -74,7 +74,7 @@ def attention(found: dict[str, Any]) -> Finding:
                       "Is the GPU full? See `nvidia-smi`.", **found)  # fmt: skip
     shown = f"packed rows by {found['kernel']}: {KERNELS[found['kernel']]}, in {found['dtype']}"
     shown += f" ({found['reason']})" if found["reason"] else ""
-    if found["kernel"] == "rows" and found["dtype"] != "float32":
+    if found.get("surprising") or (found["kernel"] == "rows" and found["dtype"] != "float32"):
         return warned("attention", shown, "Install PyTorch 2.10 or newer, or flash-attn.", **found)
     return passed("attention", shown, **found)
 
